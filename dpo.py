@@ -1,0 +1,588 @@
+"""Direct preference optimization (DPO): Rafailov et al. 2023, arXiv:2305.18290v3.
+
+The policy that best trades a reward r for nearness to a reference policy pi_ref has a closed form:
+
+    max_pi  E[r(x, y)] - beta KL(pi || pi_ref)   at   pi*(y|x) = pi_ref(y|x) exp(r(x, y)/beta) / Z(x)
+
+Solved for r, a policy is its own reward model: r = beta log(pi*/pi_ref) + beta log Z(x). Put into
+Bradley and Terry's model of preferences, P(y_w > y_l) = sigma(r_w - r_l), where Z cancels, it gives
+
+    loss = -log sigma(beta h),   h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)   (7)
+
+    python dpo.py                                    # toy: reviews, preferring friendly words
+    python dpo.py --data mine.jsonl --model gpt2     # lines of {"prompt", "chosen", "rejected"}
+    python dpo.py --loss ipo                         # or rdpo, kto; cDPO is --label_smoothing 0.1
+
+Where this departs from the paper, and why:
+1. Adam instead of RMSprop, and a learning rate that decays to 0 after warming up for a tenth of the
+   steps, where the paper's stays constant after 150: both are what the field does since.
+2. One model in memory. The policy is the reference until its first step, so the reference's
+   log-probs are computed once, before training, and kept. Batches are made once for that reason.
+3. The toy's pairs are samples of the reference itself, as in the paper's sentiment task, but judged
+   by a Bradley-Terry coin on a true reward that is known, instead of by a classifier.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import (check_flags, common_flags, deferred_interrupt, fail, get_text, load_model,
+                   load_state, open_log, plot, read_jsonl, report, restore, save_model, save_state,
+                   settle, split_by_prompt, stopped)
+
+# ---------------------------------------------------------------------------------- the losses
+
+
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta,
+             label_smoothing=0.0):
+    """DPO, Eq. (7); with label_smoothing e, cDPO for labels that are wrong with probability e.
+
+    All inputs (B,): log-probs summed over a response with its EOS, in nats. Returns (B,).
+    cDPO: Mitchell's note of 2023, Eq. (3); one pair's optimum is beta h = log((1 - e) / e).
+    """
+    h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
+    e = label_smoothing
+    return -(1 - e) * F.logsigmoid(beta * h) - e * F.logsigmoid(-beta * h)
+
+
+def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, tau):
+    """IPO, Azar et al. 2023 (2310.12036v2), Eq. (17): bounded h even where labels are certain.
+
+    Inputs and result as in `dpo_loss`: sums, as in the paper. --ipo_mean gives it log-probs per
+    token, as TRL does.
+    """
+    h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
+    return (h - 1 / (2 * tau)) ** 2
+
+
+def rdpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected,
+              chosen_lengths, rejected_lengths, beta, alpha):
+    """R-DPO, Park et al. 2024 (2403.19159): DPO for the reward r - alpha |y|, against length bias.
+
+    Inputs and result as in `dpo_loss`; lengths (B,) in tokens. The sign is a plus: a chosen response
+    that is longer needs less of a margin. The table in the SimPO paper prints a minus, which would
+    reward length.
+    """
+    h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
+    return F.softplus(-(beta * h + alpha * (chosen_lengths - rejected_lengths)))
+
+
+def kto_loss(policy, reference, desirable, kl, beta, lambda_desirable=1.0, lambda_undesirable=1.0):
+    """KTO, Ethayarajh et al. 2024 (2402.01306), Eqs. (7), (8): for single responses, good or bad.
+
+    policy, reference: (B,) summed log-probs; desirable: (B,) bool; kl: the reference point z, a
+    scalar without gradient: max(0, mean log-ratio of mismatched responses). Returns (B,).
+    """
+    a = policy - reference  # (B,)
+    return torch.where(desirable, lambda_desirable * torch.sigmoid(-beta * (a - kl)),
+                       lambda_undesirable * torch.sigmoid(beta * (a - kl)))
+
+
+def ipo_mean_loss(w, l, ref_w, ref_l, n_w, n_l, tau):
+    return ipo_loss(w / n_w, l / n_l, ref_w / n_w, ref_l / n_l, tau)
+
+
+# Sums of chosen (w) and rejected (l), the reference's, their lengths (n) -> (B,). KTO has no pairs.
+PAIR_LOSSES = {
+    "dpo": lambda w, l, ref_w, ref_l, n_w, n_l, args:
+        dpo_loss(w, l, ref_w, ref_l, args.beta, args.label_smoothing),
+    "ipo": lambda w, l, ref_w, ref_l, n_w, n_l, args:
+        ipo_mean_loss(w, l, ref_w, ref_l, n_w, n_l, args.tau) if args.ipo_mean
+        else ipo_loss(w, l, ref_w, ref_l, args.tau),
+    "rdpo": lambda w, l, ref_w, ref_l, n_w, n_l, args:
+        rdpo_loss(w, l, ref_w, ref_l, n_w, n_l, args.beta, args.alpha),
+}
+
+# ------------------------------------------------------------------------- the log-prob gather
+
+
+class GatherLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[n, targets[n]], without ever holding the (N, V) logits.
+
+    Walks the vocabulary in chunks of columns: the forward pass keeps a running logsumexp, the
+    backward pass computes each chunk's softmax again. In fp32 (or float64) whatever comes in.
+    """
+
+    COLUMNS = 4096
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (N, D)
+        target_logit = (h * weight[targets]).sum(1)  # (N,)
+        logsumexp = torch.full_like(target_logit, -math.inf)  # (N,)
+        with torch.autocast(h.device.type, enabled=False):
+            for w in weight.split(GatherLogps.COLUMNS):  # (C, D)
+                logits = h @ w.to(h.dtype).T  # (N, C)
+                top = logits.amax(1)  # (N,)
+                chunk = logits.sub_(top[:, None]).exp_().sum(1).log_() + top  # (N,), in place
+                logsumexp = torch.logaddexp(logsumexp, chunk)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        return target_logit - logsumexp
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        h, g = hidden.to(logsumexp.dtype), grad[:, None]  # (N, D), (N, 1)
+        # d logp / d logits = onehot(target) - softmax; the one-hot part needs no logits.
+        grad_h = g * weight[targets]  # (N, D)
+        grad_w = torch.empty_like(weight, dtype=h.dtype) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(weight), GatherLogps.COLUMNS):
+            columns = slice(start, start + GatherLogps.COLUMNS)
+            w = weight[columns].to(h.dtype)  # (C, D)
+            softmax = (h @ w.T).sub_(logsumexp[:, None]).exp_().mul_(-g)  # (N, C), times -grad
+            grad_h.addmm_(softmax, w)
+            if grad_w is not None:
+                torch.mm(softmax.T, h, out=grad_w[columns])  # each slice is written once
+        if grad_w is not None:
+            grad_w = grad_w.index_add_(0, targets, g * h).to(weight.dtype)
+        return grad_h.to(hidden.dtype), grad_w, None
+
+
+def gather_logps(hidden, weight, targets):
+    """Log-prob of each target: hidden (N, D), weight (V, D), targets (N,) -> (N,), in nats."""
+    return GatherLogps.apply(hidden, weight, targets)
+
+
+def token_logps(model, batch):
+    """Log-prob of every response token of a batch made by `collate`: (N,)."""
+    hidden = model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"], use_cache=False).last_hidden_state  # (B, T, D)
+    hidden = hidden.flatten(0, 1).index_select(0, batch["index"])  # (B*T, D) -> (N, D)
+    return gather_logps(hidden, model.get_output_embeddings().weight, batch["targets"])
+
+
+def response_logps(model, batch):
+    """Summed log-prob of each response, its EOS included, and its length: (B,), (B,)."""
+    logps = token_logps(model, batch)  # (N,)
+    zeros = logps.new_zeros(len(batch["input_ids"]))  # (B,)
+    return (zeros.index_add(0, batch["rows"], logps),
+            zeros.index_add(0, batch["rows"], torch.ones_like(logps)))
+
+
+def collate(sequences, device):
+    """A batch of B (prompt ids, response ids), padded on the right to T tokens.
+
+    The lists that say where the N response tokens stand are made here, on the host, so that the
+    device never has to be asked. Masks come from lengths: a pad may share its id with EOS.
+    """
+    B, T = len(sequences), max(len(p) + len(r) for p, r in sequences)
+    input_ids, attention_mask = torch.zeros(2, B, T, dtype=torch.long)
+    index, targets, rows = [], [], []
+    for b, (prompt, response) in enumerate(sequences):
+        length = len(prompt) + len(response)
+        input_ids[b, :length] = torch.tensor(prompt + response)
+        attention_mask[b, :length] = 1
+        index += range(b * T + len(prompt) - 1, b * T + length - 1)  # t - 1 predicts token t
+        targets += response
+        rows += [b] * len(response)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask,
+             "position_ids": torch.arange(T).expand(B, T), "index": torch.tensor(index),
+             "targets": torch.tensor(targets), "rows": torch.tensor(rows)}
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+
+
+# -------------------------------------------------------------------------------- the toy task
+
+POSITIVE = "amazing brilliant charming delightful funny gripping moving superb wonderful".split()
+NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
+NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
+ASPECTS = "acting cast dialogue ending music pace plot story".split()
+
+
+def toy_prompts(held_out):
+    """Prompts of the sentiment task, in a fixed random order: the last 40 are held out."""
+    prompts = [f"{who} {saw} the {show} {when}."
+               for who in ("I", "We", "My sister", "Our class", "Two friends")
+               for saw in ("saw", "watched")
+               for show in ("film", "movie", "musical", "opera", "play", "series")
+               for when in ("last night", "yesterday", "on Friday", "in London", "with friends")]
+    random.Random(0).shuffle(prompts)
+    return prompts[-40:] if held_out else prompts[:-40]
+
+
+def toy_grammatical(review):
+    """One or two sentences of the toy's grammar, whatever their aspects and adjectives."""
+    word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
+    sentence = rf" (?:The (?:{aspect}) was|I found the (?:{aspect})) (?:{word})(?: and (?:{word}))?\."
+    return bool(re.fullmatch(f"(?:{sentence}){{1,2}}", review))
+
+
+def toy_reward(review):
+    """The true reward: positive words minus negative words, wherever they stand."""
+    words = re.findall(r"\w+", review)
+    return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
+
+
+def toy_pairs(model, tokenizer, count, seed, held_out=False):
+    """Rows {"prompt", "chosen", "rejected"}: two samples of the model, judged by a noisy human.
+
+    The human prefers y to y' with probability sigma(r(y) - r(y')): Bradley and Terry's model.
+    """
+    rng = random.Random(seed)
+    prompts = [rng.choice(toy_prompts(held_out)) for _ in range(count)]
+    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(2)]
+    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed)]
+    rows = []
+    for prompt, a, b in zip(prompts, texts[::2], texts[1::2], strict=True):
+        a_wins = rng.random() < 1 / (1 + math.exp(toy_reward(b) - toy_reward(a)))
+        rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def read_rows(path, loss):
+    """Rows {"prompt", "chosen", "rejected"}, or for KTO {"prompt", "completion", "label"}.
+
+    A ranking {"prompt", "responses", "ranks"} (1 is best) gives each pair that is strictly ordered.
+    """
+    example = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+    rows = []
+    for place, row in read_jsonl(path):
+        new = {"prompt": get_text(place, row, "prompt", example)}
+        if "label" in row:
+            if loss != "kto" or not isinstance(row["label"], bool):
+                fail(f'{place}: "label" must be true or false, and is for --loss kto')
+            rows.append(new | {"completion": get_text(place, row, "completion", example),
+                               "label": row["label"]})
+        elif "responses" in row:
+            texts, ranks = row["responses"], row.get("ranks")
+            if not (isinstance(texts, list) and isinstance(ranks, list) and len(texts) == len(ranks)
+                    and all(type(rank) is int and rank > 0 for rank in ranks)):
+                fail(f'{place}: "responses" needs as many "ranks", whole numbers from 1 (the best)')
+            texts = [get_text(place, {"responses": text}, "responses", example) for text in texts]
+            rows += [new | {"chosen": w, "rejected": l} for w, i in zip(texts, ranks)
+                     for l, j in zip(texts, ranks) if i < j]
+        else:
+            rows.append(new | {key: get_text(place, row, key, example)
+                               for key in ("chosen", "rejected")})
+    return rows or fail(f"--data {path}: no row prefers one response to another")
+
+
+def encode_rows(tokenizer, rows, max_length):
+    """Examples (chosen, rejected, True), or (completion, None, label), and counts of what is lost.
+
+    A response is (prompt ids, response ids). Pairs that are identical once they are cut are left
+    out: they would cost a step and teach nothing.
+    """
+    examples, lost = [], {"dropped": 0, "identical": 0, "cut": 0}
+    for row in rows:
+        texts = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
+        ids = [tokenizer.encode_example(row["prompt"], text, max_length) for text in texts]
+        if None in ids:
+            lost["dropped"] += 1
+        elif len(ids) == 2 and ids[0] == ids[1]:
+            lost["identical"] += 1
+        else:
+            examples.append((ids[0], ids[1] if len(ids) == 2 else None, row.get("label", True)))
+            lost["cut"] += sum(response[-1] != tokenizer.eos_id for _, response in ids)
+    return examples, lost
+
+
+def kto_examples(examples):
+    """Examples (response, partner, desirable) from shuffled ones of `encode_rows`.
+
+    The partner is a response to another prompt, put behind this prompt: such mismatched pairs tell
+    how far the policy has moved at large. Fixed here, so that the reference scores them only once.
+    """
+    single = [(ids, good) for a, b, label in examples for ids, good in ((a, label), (b, False)) if ids]
+    result = []
+    for i, ((prompt, response), good) in enumerate(single):
+        others = (single[(i + k) % len(single)][0] for k in range(1, len(single)))
+        partner = next((ids[1] for ids in others if ids[0] != prompt), None)
+        if partner is None:
+            fail("--loss kto needs at least two different prompts")
+        result.append(((prompt, response), (prompt, partner), good))
+    return result
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def score(model, sequences, autocast, size=64):
+    """Summed log-probs of any number of (prompt ids, response ids): (len(sequences),)."""
+    with autocast:
+        parts = [response_logps(model, collate(sequences[i:i + size], model.device))[0]
+                 for i in range(0, len(sequences), size)]
+    return torch.cat(parts).cpu()
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
+    """A response of the model's own distribution to each list of prompt ids: ids with their EOS.
+
+    Temperature 1 and the whole vocabulary, said explicitly: `generate` would otherwise keep the 50
+    likeliest tokens, and obey whatever generation_config.json came with the model.
+    """
+    from transformers import GenerationConfig
+
+    torch.manual_seed(seed)
+    eos = tokenizer.eos_id
+    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1,
+                              repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+                              eos_token_id=eos, pad_token_id=eos)
+    responses = []
+    for i in range(0, len(prompts), size):
+        part = prompts[i:i + size]
+        T = max(map(len, part))
+        ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
+        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
+        # generate counts positions along the mask, so that padding shifts nobody's.
+        new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
+                             generation_config=config)[:, T:].tolist()  # (B, up to max_new_tokens)
+        responses += [r[:r.index(eos) + 1] if eos in r else r for r in new]
+    return responses
+
+
+def standard_error(x):
+    """Standard error of the mean of (P, n): n samples for each of P fixed prompts."""
+    return float((x.var(1) / x.shape[1]).sum().sqrt()) / len(x)
+
+
+def yardstick(rewards, policy, reference, beta):
+    """How near J = E[r] - beta KL comes to the most that any policy can reach, its optimum J*.
+
+    rewards, policy, reference: (P, 2n): for each of P prompts n samples of the reference, then n of
+    the policy, and their summed log-probs under both. Returns numbers and ell (P, 2n), where
+    ell(y) = r(y) - beta log pi(y)/pi_ref(y) is the same for all y at the optimum and only there.
+    """
+    n = rewards.shape[1] // 2
+    ell = rewards - beta * (policy - reference)  # (P, 2n)
+    # J* = beta log E_q[pi_ref/q exp(r/beta)], over the pool q = (pi_ref + pi) / 2 of all samples.
+    x = reference - torch.logaddexp(reference, policy) + math.log(2) + rewards / beta  # (P, 2n)
+    best = beta * (x.logsumexp(1) - math.log(2 * n))  # (P,)
+    ess = (2 * x.logsumexp(1) - (2 * x).logsumexp(1)).exp()  # (P,), effective sample size
+    start, now, end = float(rewards[:, :n].mean()), float(ell[:, n:].mean()), float(best.mean())
+    numbers = {"J/reference": start, "J/policy": now, "J/policy_error": standard_error(ell[:, n:]),
+               "J/effective_samples": float(ess.min())}
+    if numbers["J/effective_samples"] >= 50:  # with fewer the optimum would be a guess
+        error = beta * float((1 / ess - 1 / (2 * n)).sum().sqrt()) / len(ess)
+        numbers |= {"J/optimum": end, "J/optimum_error": error,
+                    "J/share_of_the_way": (now - start) / (end - start)}
+    return numbers, ell
+
+
+def evaluate(policy, reference, tokenizer, test, prompts, args, autocast):
+    """(before, after, samples, ell) on held-out preferences and on samples for held-out prompts."""
+    before, after = {}, {}
+    # Preferences: does the implicit reward beta log pi/pi_ref rank pairs that it never saw?
+    sides = {"chosen": [a for a, _, good in test if good],
+             "rejected": [b or a for a, b, good in test if b or not good]}
+    reward = {}
+    for side, responses in sides.items():
+        old, new = (score(model, responses, autocast) for model in (reference, policy))
+        reward[side] = args.beta * (new - old)
+        before[f"logps/{side}"], after[f"logps/{side}"] = float(old.mean()), float(new.mean())
+    after["rewards/margin"] = float(reward["chosen"].mean() - reward["rejected"].mean())
+    if all(b for _, b, _ in test):  # strictly above: no difference is no success
+        after["rewards/accuracy"] = float((reward["chosen"] > reward["rejected"]).float().mean())
+
+    # Samples: n for each of P prompts from both models, with their log-probs under both.
+    P, n = len(prompts), args.samples
+    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]  # P*n
+    answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed)
+               for model in (reference, policy)]
+    pool = [pair for column in answers for pair in zip(asked, column, strict=True)]  # 2*P*n
+    by_prompt = lambda x: x.double().view(2, P, n).transpose(0, 1).reshape(P, 2 * n)
+    old, new = (by_prompt(score(model, pool, autocast)) for model in (reference, policy))  # (P, 2n)
+    before["kl/policy_reference"], after["kl/policy_reference"] = 0.0, float((new - old)[:, n:].mean())
+    after["kl/error"] = standard_error((new - old)[:, n:])  # on the policy's own samples
+    texts = [[tokenizer.decode(ids) for ids in column] for column in answers]
+    for column, ids in zip((before, after), answers):
+        column["samples/tokens"] = sum(map(len, ids)) / len(ids)
+    ell = None
+    if not args.data:
+        for column, reviews in zip((before, after), texts):
+            column["samples/true_reward"] = sum(map(toy_reward, reviews)) / len(reviews)
+            column["samples/grammatical"] = sum(map(toy_grammatical, reviews)) / len(reviews)
+        rewards = by_prompt(torch.tensor([toy_reward(t) for column in texts for t in column]))
+        numbers, ell = yardstick(rewards, new, old, args.beta)  # ell (P, 2n)
+        ell = {"before": rewards[:, :n], "after": ell[:, n:]}
+        after |= numbers
+    samples = [(prompts[i // n], texts[0][i], texts[1][i]) for i in range(0, P * n, -(-n // 2))]
+    return before, after, samples, ell
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def schedule(step, steps):
+    """Share of the learning rate: up over the first tenth of the steps, then down to 0."""
+    warmup = max(1, steps // 10)
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+
+
+def train(args):
+    """Run the algorithm; returns the final metrics. Leaves model, metrics and samples in args.out."""
+    # 1. The policy. Until its first step it is the reference too: no second model is loaded.
+    model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
+    autocast = settle(args, model, lr_small=5e-4, lr_lora=5e-6, lr=5e-7)
+    state = load_state(args.out, args) if args.resume else {"step": 0, "reference": {}}
+    kto = args.loss == "kto"
+
+    # 2. Preferences: of a file, or between samples of the reference, judged by the toy's human.
+    if args.data:
+        rows, held_out = split_by_prompt(read_rows(args.data, args.loss), args.held_out, args.seed)
+        prompts = [row["prompt"] for row in held_out][:8]
+    else:
+        rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
+        held_out = toy_pairs(model, tokenizer, 256, args.seed, held_out=True)
+        prompts = toy_prompts(held_out=True)[:8]
+    examples, lost = encode_rows(tokenizer, rows, args.max_length)
+    test, _ = encode_rows(tokenizer, held_out, args.max_length)
+    if not examples or not test:
+        fail(f"--max_length {args.max_length}: no row of {args.data} fits; give a larger one")
+    print(f"{len(examples)} preferences, {len(test)} held out. {lost['dropped']} dropped (no room "
+          f"behind the prompt), {lost['identical']} identical, {lost['cut']} responses cut")
+    tokenizer.show(*examples[0][0])
+
+    # 3. Batches, made once: an epoch shuffles their order, not what is in them.
+    random.Random(args.seed).shuffle(examples)
+    examples = kto_examples(examples) if kto else examples
+    batches = [examples[i:i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
+    steps = args.steps or math.ceil(len(batches) * args.epochs)
+    order = []
+    while len(order) < steps:
+        order += random.Random(args.seed + len(order)).sample(range(len(batches)), len(batches))
+
+    def parts(batch):  # a step's batch in --accumulate pieces
+        size = math.ceil(len(batch) / args.accumulate)
+        return [batch[i:i + size] for i in range(0, len(batch), size)]
+
+    def logps(part, *columns):  # the one function behind policy and reference: sums and lengths
+        with autocast:
+            sequences = [example[column] for column in columns for example in part]
+            return response_logps(model, collate(sequences, model.device))
+
+    # 4. The reference's log-probs of all that will be used, while the policy is still the reference.
+    scored = (0,) if kto else (0, 1)  # what the loss takes: B responses, or B chosen and B rejected
+    reference = state["reference"]
+    with torch.no_grad():
+        for b in tqdm(sorted(set(order[:steps]) - reference.keys()), desc="reference", disable=None):
+            reference[b] = [(logps(part, *scored)[0], logps(part, 1)[0] if kto else None)
+                            for part in parts(batches[b])]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if args.resume:
+        restore(state, model, optimizer)
+
+    progress = tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=None)
+    with open_log(args.out, args, state["step"]) as log, deferred_interrupt() as pressed:
+        for step in progress:
+            batch, old_parts = parts(batches[order[step]]), reference[order[step]]
+            size = sum(map(len, batch))
+
+            # 5. KTO's reference point z: average the mismatched log-ratios, then clamp at 0.
+            if kto:
+                with torch.no_grad():
+                    drift = [logps(part, 1)[0] - old.to(model.device)
+                             for part, (_, old) in zip(batch, old_parts, strict=True)]
+                    z = torch.cat(drift).mean().clamp(min=0)
+
+            # 6. The loss and its gradient, part by part, divided by the size of the whole batch.
+            seen = []
+            for part, (old, _) in zip(batch, old_parts, strict=True):
+                old = old.to(model.device)
+                new, lengths = logps(part, *scored)  # (B,) with KTO, else (2B,)
+                if kto:
+                    good = torch.tensor([desirable for _, _, desirable in part])  # (B,)
+                    losses = kto_loss(new, old, good.to(model.device), z, args.beta,
+                                      args.lambda_desirable, args.lambda_undesirable)
+                else:
+                    good = torch.arange(2 * len(part)) < len(part)  # (2B,): the first half
+                    losses = PAIR_LOSSES[args.loss](
+                        *new.chunk(2), *old.chunk(2), *lengths.chunk(2), args)  # (B,)
+                (losses.sum() / size).backward()
+                seen.append([x.detach().cpu() for x in (losses, new, old, good)])
+            losses, new, old, good = map(torch.cat, zip(*seen))
+            norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
+
+            # 7. A state is saved before the update: of weights that are known to give a finite loss.
+            loss, rewards = float(losses.mean()), args.beta * (new - old)
+            if not math.isfinite(loss + norm):
+                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}. Most likely --lr {args.lr} "
+                     f"is too high. The last good state, if any, is in {args.out}: --resume --lr "
+                     f"{args.lr / 10:.0e} goes on from it")
+            if pressed or step > state["step"] and step % args.save_every == 0:
+                save_state(args.out, args, model, optimizer, step=step, reference=reference)
+            if pressed:
+                raise KeyboardInterrupt
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule(step, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # 8. What to watch.
+            row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"]}
+            for side, mask in (("chosen", good), ("rejected", ~good)):
+                row[f"rewards/{side}"] = float(rewards[mask].mean())
+                row[f"logps/{side}"] = float(new[mask].mean())
+            row["rewards/margin"] = row["rewards/chosen"] - row["rewards/rejected"]
+            if kto:
+                row["kl/mismatched"] = float(z)
+            else:  # strictly above: the equal rewards of the first step are no success
+                row["rewards/accuracy"] = float((rewards[good] > rewards[~good]).float().mean())
+            log.write(json.dumps(row) + "\n")
+            progress.set_postfix(loss=f"{loss:.3f}", margin=f"{row['rewards/margin']:.2f}")
+        save_state(args.out, args, model, optimizer, step=steps, reference=reference)
+        if pressed:
+            raise KeyboardInterrupt
+
+    # 9. Compare with the reference, loaded again now that the optimizer's memory is free.
+    del optimizer
+    first, _ = load_model(args.model, device=args.device)
+    before, after, samples, ell = evaluate(model, first, tokenizer, test, prompts, args, autocast)
+    report(args.out, before, after, samples)
+    plot(args.out, [["loss"], ["rewards/chosen", "rewards/rejected", "rewards/margin"],
+                    ["logps/chosen", "logps/rejected"]], "r - beta log pi/pi_ref", ell)
+    save_model(model, tokenizer, args.out)
+    (Path(args.out) / "state.pt").unlink()  # this run is complete
+    return after
+
+
+def parse_args(argv=None):
+    """The command line; --help shows every default."""
+    parser = argparse.ArgumentParser(description="DPO, cDPO, IPO, R-DPO and KTO: see the docstring")
+    common_flags(parser, out="runs/dpo", batch_size=32,
+                 lr_help="5e-4 below 10M parameters, else 5e-7, with LoRA 5e-6")
+    flag = parser.add_argument_group("preferences").add_argument
+    flag("--loss", default="dpo", choices=[*PAIR_LOSSES, "kto"], help="the objective")
+    flag("--beta", type=float, help="price of a nat of KL from the reference: higher stays nearer "
+         "(derived: 0.5 for the toy, 0.1 with --data)")
+    flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")
+    flag("--tau", type=float, default=0.1, help="ipo: its beta, higher stays nearer")
+    flag("--ipo_mean", action="store_true", help="ipo: log-probs per token instead of sums")
+    flag("--alpha", type=float, default=0.05, help="rdpo: price of a token of response length")
+    flag("--lambda_desirable", type=float, default=1.0, help="kto: weight of good responses")
+    flag("--lambda_undesirable", type=float, default=1.0, help="kto: weight of bad responses")
+    flag("--pairs", type=int, default=4096, help="toy: pairs to sample and learn from")
+    flag("--samples", type=int, help="evaluation: samples a prompt (derived: toy 128, else 4)")
+    args = parser.parse_args(argv)
+    args.beta = (0.1 if args.data else 0.5) if args.beta is None else args.beta
+    args.samples = (4 if args.data else 128) if args.samples is None else args.samples
+    check_flags(args, zero_allowed=("label_smoothing", "alpha"))
+    if args.label_smoothing >= 0.5:
+        fail(f"--label_smoothing {args.label_smoothing}: half of the labels wrong teaches nothing")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except KeyboardInterrupt:
+        stopped(args.out)
+
+
+if __name__ == "__main__":
+    main()
