@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check_flags, common_flags, deferred_interrupt, fail, get_text, load_model,
-                   load_state, open_log, plot, read_jsonl, report, restore, save_model, save_state,
-                   settle, split_by_prompt, stopped)
+from model import (check_flags, checkpoint, common_flags, deferred_interrupt, fail, get_text,
+                   load_model, load_state, open_log, plot, read_jsonl, report, restore, save_model,
+                   save_state, settle, split_by_prompt, stopped)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -55,7 +55,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, tau):
     """IPO, Azar et al. 2023 (2310.12036v2), Eq. (17): bounded h even where labels are certain.
 
-    Inputs and result as in `dpo_loss`: sums, as in the paper. --ipo_mean gives it log-probs per
+    Inputs and result as in `dpo_loss`: sums, as in the paper; --loss ipo_mean gives it means per
     token, as TRL does.
     """
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
@@ -85,19 +85,13 @@ def kto_loss(policy, reference, desirable, kl, beta, lambda_desirable=1.0, lambd
                        lambda_undesirable * torch.sigmoid(beta * (a - kl)))
 
 
-def ipo_mean_loss(w, l, ref_w, ref_l, n_w, n_l, tau):
-    return ipo_loss(w / n_w, l / n_l, ref_w / n_w, ref_l / n_l, tau)
-
-
-# Sums of chosen (w) and rejected (l), the reference's, their lengths (n) -> (B,). KTO has no pairs.
+# By --loss: from summed log-probs of chosen (w) and rejected (l) responses, the same of the
+# reference (rw, rl), lengths (nw, nl) and the flags. KTO stands apart: it has no pairs.
 PAIR_LOSSES = {
-    "dpo": lambda w, l, ref_w, ref_l, n_w, n_l, args:
-        dpo_loss(w, l, ref_w, ref_l, args.beta, args.label_smoothing),
-    "ipo": lambda w, l, ref_w, ref_l, n_w, n_l, args:
-        ipo_mean_loss(w, l, ref_w, ref_l, n_w, n_l, args.tau) if args.ipo_mean
-        else ipo_loss(w, l, ref_w, ref_l, args.tau),
-    "rdpo": lambda w, l, ref_w, ref_l, n_w, n_l, args:
-        rdpo_loss(w, l, ref_w, ref_l, n_w, n_l, args.beta, args.alpha),
+    "dpo": lambda w, l, rw, rl, nw, nl, args: dpo_loss(w, l, rw, rl, args.beta, args.label_smoothing),
+    "ipo": lambda w, l, rw, rl, nw, nl, args: ipo_loss(w, l, rw, rl, args.tau),
+    "ipo_mean": lambda w, l, rw, rl, nw, nl, args: ipo_loss(w/nw, l/nl, rw/nw, rl/nl, args.tau),
+    "rdpo": lambda w, l, rw, rl, nw, nl, args: rdpo_loss(w, l, rw, rl, nw, nl, args.beta, args.alpha),
 }
 
 # ------------------------------------------------------------------------- the log-prob gather
@@ -314,7 +308,7 @@ def score(model, sequences, autocast, size=64):
     with autocast:
         parts = [response_logps(model, collate(sequences[i:i + size], model.device))[0]
                  for i in range(0, len(sequences), size)]
-    return torch.cat(parts).cpu()
+    return torch.cat(parts).cpu() if parts else torch.zeros(0)
 
 
 @torch.no_grad()
@@ -378,14 +372,17 @@ def evaluate(policy, reference, tokenizer, test, prompts, args, autocast):
     # Preferences: does the implicit reward beta log pi/pi_ref rank pairs that it never saw?
     sides = {"chosen": [a for a, _, good in test if good],
              "rejected": [b or a for a, b, good in test if b or not good]}
-    reward = {}
+    rewards = {}
     for side, responses in sides.items():
         old, new = (score(model, responses, autocast) for model in (reference, policy))
-        reward[side] = args.beta * (new - old)
+        rewards[side] = args.beta * (new - old)
         before[f"logps/{side}"], after[f"logps/{side}"] = float(old.mean()), float(new.mean())
-    after["rewards/margin"] = float(reward["chosen"].mean() - reward["rejected"].mean())
+        before[f"rewards/{side}"], after[f"rewards/{side}"] = 0.0, float(rewards[side].mean())
+    before["rewards/margin"] = 0.0
+    after["rewards/margin"] = after["rewards/chosen"] - after["rewards/rejected"]
     if all(b for _, b, _ in test):  # strictly above: no difference is no success
-        after["rewards/accuracy"] = float((reward["chosen"] > reward["rejected"]).float().mean())
+        before["rewards/accuracy"] = 0.0
+        after["rewards/accuracy"] = float((rewards["chosen"] > rewards["rejected"]).float().mean())
 
     # Samples: n for each of P prompts from both models, with their log-probs under both.
     P, n = len(prompts), args.samples
@@ -424,6 +421,8 @@ def schedule(step, steps):
 
 def train(args):
     """Run the algorithm; returns the final metrics. Leaves model, metrics and samples in args.out."""
+    torch.manual_seed(args.seed)
+
     # 1. The policy. Until its first step it is the reference too: no second model is loaded.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
     autocast = settle(args, model, lr_small=5e-4, lr_lora=5e-6, lr=5e-7)
@@ -507,16 +506,9 @@ def train(args):
             losses, new, old, good = map(torch.cat, zip(*seen))
             norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
 
-            # 7. A state is saved before the update: of weights that are known to give a finite loss.
-            loss, rewards = float(losses.mean()), args.beta * (new - old)
-            if not math.isfinite(loss + norm):
-                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}. Most likely --lr {args.lr} "
-                     f"is too high. The last good state, if any, is in {args.out}: --resume --lr "
-                     f"{args.lr / 10:.0e} goes on from it")
-            if pressed or step > state["step"] and step % args.save_every == 0:
-                save_state(args.out, args, model, optimizer, step=step, reference=reference)
-            if pressed:
-                raise KeyboardInterrupt
+            # 7. The update. States are saved before it: their weights are known to give a finite loss.
+            loss = float(losses.mean())
+            checkpoint(args, step, loss + norm, pressed, model, optimizer, reference=reference)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(step, steps)
             optimizer.step()
@@ -524,6 +516,7 @@ def train(args):
 
             # 8. What to watch.
             row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"]}
+            rewards = args.beta * (new - old)
             for side, mask in (("chosen", good), ("rejected", ~good)):
                 row[f"rewards/{side}"] = float(rewards[mask].mean())
                 row[f"logps/{side}"] = float(new[mask].mean())
@@ -535,8 +528,6 @@ def train(args):
             log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}", margin=f"{row['rewards/margin']:.2f}")
         save_state(args.out, args, model, optimizer, step=steps, reference=reference)
-        if pressed:
-            raise KeyboardInterrupt
 
     # 9. Compare with the reference, loaded again now that the optimizer's memory is free.
     del optimizer
@@ -556,12 +547,11 @@ def parse_args(argv=None):
     common_flags(parser, out="runs/dpo", batch_size=32,
                  lr_help="5e-4 below 10M parameters, else 5e-7, with LoRA 5e-6")
     flag = parser.add_argument_group("preferences").add_argument
-    flag("--loss", default="dpo", choices=[*PAIR_LOSSES, "kto"], help="the objective")
+    flag("--loss", default="dpo", choices=[*PAIR_LOSSES, "kto"], help="the objective; ipo_mean is ipo on means per token")
     flag("--beta", type=float, help="price of a nat of KL from the reference: higher stays nearer "
          "(derived: 0.5 for the toy, 0.1 with --data)")
     flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")
     flag("--tau", type=float, default=0.1, help="ipo: its beta, higher stays nearer")
-    flag("--ipo_mean", action="store_true", help="ipo: log-probs per token instead of sums")
     flag("--alpha", type=float, default=0.05, help="rdpo: price of a token of response length")
     flag("--lambda_desirable", type=float, default=1.0, help="kto: weight of good responses")
     flag("--lambda_undesirable", type=float, default=1.0, help="kto: weight of bad responses")

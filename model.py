@@ -518,6 +518,22 @@ def restore(state, model, optimizer):
         torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
+def checkpoint(args, step, health, pressed, model, optimizer, **rest):
+    """Called before each update: stop if loss or gradient are no numbers; save when it is time to.
+
+    health: any number made of the loss and the gradient norm; pressed: what `deferred_interrupt`
+    gives. Saving before an update keeps only weights that are known to give a finite loss.
+    """
+    if not math.isfinite(health):
+        fail(f"step {step + 1}: the loss or its gradient is {health}, most likely because --lr "
+             f"{args.lr:g} is too high; --resume --lr {args.lr / 10:g} goes on from the last state "
+             f"saved in {args.out} (every {args.save_every} steps), or start again with that")
+    if pressed or (step and step % args.save_every == 0):
+        save_state(args.out, args, model, optimizer, step=step, **rest)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def deferred_interrupt():
     """Inside this block Ctrl-C only fills the list that it gives; a second one acts at once.
@@ -534,6 +550,8 @@ def deferred_interrupt():
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield pressed
+        if pressed:
+            raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -592,7 +610,8 @@ def plot(folder, panels, title="", histograms=None):
                                 figsize=(4 * (len(panels) + bool(histograms)), 3.2))
     for axis, names in zip(axes[0], panels):
         for name in names:
-            axis.plot([row["step"] for row in log], [row[name] for row in log], label=name, lw=1)
+            axis.plot([row["step"] for row in log], [row.get(name, math.nan) for row in log],
+                      label=name, lw=1)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
     for label, values in (histograms or {}).items():

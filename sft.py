@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import (check_flags, common_flags, deferred_interrupt, fail, get_text, load_model,
-                   load_state, open_log, plot, read_jsonl, report, restore, save_model, save_state,
-                   settle, split_by_prompt, stopped)
+from model import (check_flags, checkpoint, common_flags, deferred_interrupt, fail, get_text,
+                   load_model, load_state, open_log, plot, read_jsonl, report, restore, save_model,
+                   save_state, settle, split_by_prompt, stopped)
 
 # ------------------------------------------------------------------------------------ the loss
 
@@ -305,7 +305,7 @@ def score(model, sequences, autocast, size=64):
     with autocast:
         parts = [response_logps(model, collate(sequences[i:i + size], model.device))[0]
                  for i in range(0, len(sequences), size)]
-    return torch.cat(parts).cpu()
+    return torch.cat(parts).cpu() if parts else torch.zeros(0)
 
 
 @torch.no_grad()
@@ -375,6 +375,8 @@ def schedule(step, steps):
 
 def train(args):
     """Run the algorithm; returns the final metrics. Leaves model, metrics and samples in args.out."""
+    torch.manual_seed(args.seed)
+
     # 1. Demonstrations, and the model to start from.
     if args.data:
         rows, held_out = split_by_prompt(read_rows(args.data), args.held_out, args.seed)
@@ -432,16 +434,9 @@ def train(args):
                 losses.append(loss.item())
             norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
 
-            # 6. A state is saved before the update: of weights that are known to give a finite loss.
+            # 6. The update. States are saved before it: their weights are known to give a finite loss.
             loss = sum(losses)
-            if not math.isfinite(loss + norm):
-                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}. Most likely --lr {args.lr} "
-                     f"is too high. The last good state, if any, is in {args.out}: --resume --lr "
-                     f"{args.lr / 10:.0e} goes on from it")
-            if pressed or step > state["step"] and step % args.save_every == 0:
-                save_state(args.out, args, model, optimizer, step=step, before=(before, old_texts))
-            if pressed:
-                raise KeyboardInterrupt
+            checkpoint(args, step, loss + norm, pressed, model, optimizer, before=(before, old_texts))
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(step, steps)
             optimizer.step()
@@ -451,8 +446,6 @@ def train(args):
             log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
         save_state(args.out, args, model, optimizer, step=steps, before=(before, old_texts))
-        if pressed:
-            raise KeyboardInterrupt
 
     # 7. After.
     after, texts = evaluate(model, tokenizer, test, shown, args, autocast)

@@ -1,0 +1,23 @@
+"""Shared by all tests: the repository on the path, and a tiny GPT-2 whose numbers are easy to bend."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded model and its tokenizer. Never trained by a test: copy it first."""
+    from model import load_model
+
+    return load_model("tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
