@@ -2,7 +2,7 @@
 
 The policy that best trades a reward r for nearness to a reference policy pi_ref has a closed form:
 
-    max_pi  E[r(x, y)] - beta KL(pi || pi_ref)   at   pi*(y|x) = pi_ref(y|x) exp(r(x, y)/beta) / Z(x)
+    max_pi  E[r(x, y)] - beta KL(pi || pi_ref)   at   pi*(y|x) = pi_ref(y|x) exp(r(x, y)/beta)/Z(x)
 
 Solved for r, a policy is its own reward model: r = beta log(pi*/pi_ref) + beta log Z(x). Put into
 Bradley and Terry's model of preferences, P(y_w > y_l) = sigma(r_w - r_l), where Z cancels, it gives
@@ -66,9 +66,9 @@ def rdpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_reject
               chosen_lengths, rejected_lengths, beta, alpha):
     """R-DPO, Park et al. 2024 (2403.19159): DPO for the reward r - alpha |y|, against length bias.
 
-    Inputs and result as in `dpo_loss`; lengths (B,) in tokens. The sign is a plus: a chosen response
-    that is longer needs less of a margin. The table in the SimPO paper prints a minus, which would
-    reward length.
+    Inputs and result as in `dpo_loss`; lengths (B,) in tokens. The sign is a plus: the longer of
+    two responses needs less of a margin when it is the chosen one, more when it is the rejected.
+    (The table in the SimPO paper prints a minus, which would reward length.)
     """
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
     return F.softplus(-(beta * h + alpha * (chosen_lengths - rejected_lengths)))
@@ -86,12 +86,12 @@ def kto_loss(policy, reference, desirable, kl, beta, lambda_desirable=1.0, lambd
 
 
 # By --loss: from summed log-probs of chosen (w) and rejected (l) responses, the same of the
-# reference (rw, rl), lengths (nw, nl) and the flags. KTO stands apart: it has no pairs.
+# reference (rw, rl), lengths (nw, nl) and the flags (a). KTO stands apart: it has no pairs.
 PAIR_LOSSES = {
-    "dpo": lambda w, l, rw, rl, nw, nl, args: dpo_loss(w, l, rw, rl, args.beta, args.label_smoothing),
-    "ipo": lambda w, l, rw, rl, nw, nl, args: ipo_loss(w, l, rw, rl, args.tau),
-    "ipo_mean": lambda w, l, rw, rl, nw, nl, args: ipo_loss(w/nw, l/nl, rw/nw, rl/nl, args.tau),
-    "rdpo": lambda w, l, rw, rl, nw, nl, args: rdpo_loss(w, l, rw, rl, nw, nl, args.beta, args.alpha),
+    "dpo": lambda w, l, rw, rl, nw, nl, a: dpo_loss(w, l, rw, rl, a.beta, a.label_smoothing),
+    "ipo": lambda w, l, rw, rl, nw, nl, a: ipo_loss(w, l, rw, rl, a.tau),
+    "ipo_mean": lambda w, l, rw, rl, nw, nl, a: ipo_loss(w / nw, l / nl, rw / nw, rl / nl, a.tau),
+    "rdpo": lambda w, l, rw, rl, nw, nl, a: rdpo_loss(w, l, rw, rl, nw, nl, a.beta, a.alpha),
 }
 
 # ------------------------------------------------------------------------- the log-prob gather
@@ -205,7 +205,8 @@ def toy_prompts(held_out):
 def toy_grammatical(review):
     """One or two sentences of the toy's grammar, whatever their aspects and adjectives."""
     word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
-    sentence = rf" (?:The (?:{aspect}) was|I found the (?:{aspect})) (?:{word})(?: and (?:{word}))?\."
+    subject = rf"(?:The (?:{aspect}) was|I found the (?:{aspect}))"
+    sentence = rf" {subject} (?:{word})(?: and (?:{word}))?\."
     return bool(re.fullmatch(f"(?:{sentence}){{1,2}}", review))
 
 
@@ -227,7 +228,8 @@ def toy_pairs(model, tokenizer, count, seed, held_out=False):
     rows = []
     for prompt, a, b in zip(prompts, texts[::2], texts[1::2], strict=True):
         a_wins = rng.random() < 1 / (1 + math.exp(toy_reward(b) - toy_reward(a)))
-        rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
+        chosen, rejected = (a, b) if a_wins else (b, a)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -288,7 +290,8 @@ def kto_examples(examples):
     The partner is a response to another prompt, put behind this prompt: such mismatched pairs tell
     how far the policy has moved at large. Fixed here, so that the reference scores them only once.
     """
-    single = [(ids, good) for a, b, label in examples for ids, good in ((a, label), (b, False)) if ids]
+    single = [(ids, good) for first, second, label in examples
+              for ids, good in ((first, label), (second, False)) if ids]
     result = []
     for i, ((prompt, response), good) in enumerate(single):
         others = (single[(i + k) % len(single)][0] for k in range(1, len(single)))
@@ -321,14 +324,14 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
-    eos = tokenizer.eos_id
-    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1,
-                              repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-                              eos_token_id=eos, pad_token_id=eos)
+    eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
     responses = []
     for i in range(0, len(prompts), size):
         part = prompts[i:i + size]
         T = max(map(len, part))
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1,
+                                  repetition_penalty=1.0, eos_token_id=eos, pad_token_id=eos,
+                                  max_new_tokens=min(max_new_tokens, context - T))
         ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
         # generate counts positions along the mask, so that padding shifts nobody's.
@@ -392,8 +395,9 @@ def evaluate(policy, reference, tokenizer, test, prompts, args, autocast):
     pool = [pair for column in answers for pair in zip(asked, column, strict=True)]  # 2*P*n
     by_prompt = lambda x: x.double().view(2, P, n).transpose(0, 1).reshape(P, 2 * n)
     old, new = (by_prompt(score(model, pool, autocast)) for model in (reference, policy))  # (P, 2n)
-    before["kl/policy_reference"], after["kl/policy_reference"] = 0.0, float((new - old)[:, n:].mean())
-    after["kl/error"] = standard_error((new - old)[:, n:])  # on the policy's own samples
+    kl = (new - old)[:, n:]  # (P, n): the policy's own samples
+    before["kl/policy_reference"], after["kl/policy_reference"] = 0.0, float(kl.mean())
+    after["kl/error"] = standard_error(kl)
     texts = [[tokenizer.decode(ids) for ids in column] for column in answers]
     for column, ids in zip((before, after), answers):
         column["samples/tokens"] = sum(map(len, ids)) / len(ids)
@@ -420,7 +424,7 @@ def schedule(step, steps):
 
 
 def train(args):
-    """Run the algorithm; returns the final metrics. Leaves model, metrics and samples in args.out."""
+    """Run the algorithm; returns final metrics; leaves model, log and samples in args.out."""
     torch.manual_seed(args.seed)
 
     # 1. The policy. Until its first step it is the reference too: no second model is loaded.
@@ -432,7 +436,9 @@ def train(args):
     # 2. Preferences: of a file, or between samples of the reference, judged by the toy's human.
     if args.data:
         rows, held_out = split_by_prompt(read_rows(args.data, args.loss), args.held_out, args.seed)
-        prompts = [row["prompt"] for row in held_out][:8]
+        fits = {json.dumps(row["prompt"]): row["prompt"] for row in held_out
+                if len(tokenizer.encode_prompt(row["prompt"])) < args.max_length}
+        prompts = list(fits.values())[:8]
     else:
         rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
         held_out = toy_pairs(model, tokenizer, 256, args.seed, held_out=True)
@@ -463,11 +469,12 @@ def train(args):
             sequences = [example[column] for column in columns for example in part]
             return response_logps(model, collate(sequences, model.device))
 
-    # 4. The reference's log-probs of all that will be used, while the policy is still the reference.
+    # 4. The reference's log-probs of all that will be used, while the policy still is it.
     scored = (0,) if kto else (0, 1)  # what the loss takes: B responses, or B chosen and B rejected
     reference = state["reference"]
     with torch.no_grad():
-        for b in tqdm(sorted(set(order[:steps]) - reference.keys()), desc="reference", disable=None):
+        missing = sorted(set(order[:steps]) - reference.keys())
+        for b in tqdm(missing, desc="reference", disable=None):
             reference[b] = [(logps(part, *scored)[0], logps(part, 1)[0] if kto else None)
                             for part in parts(batches[b])]
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -506,7 +513,7 @@ def train(args):
             losses, new, old, good = map(torch.cat, zip(*seen))
             norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
 
-            # 7. The update. States are saved before it: their weights are known to give a finite loss.
+            # 7. The update. A state is saved before it, of weights that gave a finite loss.
             loss = float(losses.mean())
             checkpoint(args, step, loss + norm, pressed, model, optimizer, reference=reference)
             for group in optimizer.param_groups:
@@ -547,7 +554,8 @@ def parse_args(argv=None):
     common_flags(parser, out="runs/dpo", batch_size=32,
                  lr_help="5e-4 below 10M parameters, else 5e-7, with LoRA 5e-6")
     flag = parser.add_argument_group("preferences").add_argument
-    flag("--loss", default="dpo", choices=[*PAIR_LOSSES, "kto"], help="the objective; ipo_mean is ipo on means per token")
+    flag("--loss", default="dpo", choices=[*PAIR_LOSSES, "kto"],
+         help="the objective; ipo_mean is ipo on means per token")
     flag("--beta", type=float, help="price of a nat of KL from the reference: higher stays nearer "
          "(derived: 0.5 for the toy, 0.1 with --data)")
     flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")

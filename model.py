@@ -139,7 +139,7 @@ def _read_gpt2_tokenizer(folder):
                   if line and not line.startswith("#version")]
     except (OSError, ValueError, KeyError) as error:
         fail(f"{folder}: its tokenizer files cannot be read ({error!r})")
-    # Some models call their tokenizer GPT-2's and cut the text differently; they go to transformers.
+    # Some models call their tokenizer GPT-2's and cut text differently: they go to transformers.
     pieces = fast.get("pre_tokenizer") or {"type": "ByteLevel"}
     control = {t if isinstance(t, str) else t["content"] for key in ("bos_token", "eos_token")
                if (t := settings.get(key, "<|endoftext|>"))}
@@ -214,9 +214,10 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
                 model, info = auto.from_pretrained(
                     folder, config=config, dtype=dtype, local_files_only=True,
                     use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-                missing = [k for k in info["missing_keys"] if not (head == "reward" and "score" in k)]
+                missing = sorted(key for key in info["missing_keys"]
+                                 if head == "lm" or "score" not in key)
                 if missing:
-                    fail(f"{name}: the weights lack {sorted(missing)[0]} and {len(missing) - 1} more")
+                    fail(f"{name}: the weights lack {missing[0]} and {len(missing) - 1} more")
             elif any(folder.glob("*.bin")):
                 fail(f"{name}: only pickled weights, which can run code when they are loaded; "
                      "convert them to safetensors (save_pretrained of transformers does)")
@@ -402,8 +403,8 @@ def read_jsonl(path):
 def get_text(place, row, key, example):
     """A text of a row: a string; for a prompt also a list of chat messages, for a response one."""
     value = row.get(key)
-    if isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value):
+    chat = lambda m: isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m
+    if isinstance(value, list) and value and all(map(chat, value)):
         if key == "prompt":
             return value
         value = value[0]["content"] if len(value) == 1 else None
@@ -413,7 +414,7 @@ def get_text(place, row, key, example):
 
 
 def split_by_prompt(rows, count, seed):
-    """(rows to learn from, rows held out): `count` prompts, at most a tenth, with all their rows."""
+    """(rows to learn from, rows held out): `count` prompts, at most a tenth, with all rows."""
     prompts = sorted({json.dumps(row["prompt"]) for row in rows})
     if len(prompts) < 2:
         fail("--data: at least two different prompts are needed, one of them to be held out")
@@ -444,9 +445,10 @@ def common_flags(parser, out, batch_size, lr_help):
          "another: saves memory, does not change the result")
     flag("--lr", type=float, help=f"peak learning rate (derived: {lr_help})")
     flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
-    flag("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank; 0: all weights")
-    flag("--max_length", type=int, help="longest prompt and response together, in tokens; responses "
-         "are cut to fit (derived: the model's context)")
+    flag("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank; 0: all "
+         "weights")
+    flag("--max_length", type=int, help="tokens of prompt and response together; longer responses "
+         "are cut (derived: the model's context)")
     flag("--max_new_tokens", type=int, default=64, help="longest sample of the evaluation")
     flag("--held_out", type=int, default=16, help="prompts of --data kept for the evaluation")
     flag("--save_every", type=int, default=100, help="steps between saved states, for --resume")
@@ -457,7 +459,7 @@ def common_flags(parser, out, batch_size, lr_help):
 
 
 def check_flags(args, zero_allowed=()):
-    """End with one line if a number is out of range: above 0, or at least 0 where that is allowed."""
+    """End with one line if a number is out of range: above 0, or not below where 0 is allowed."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed":
             zero = name in ("lora_rank", *zero_allowed)

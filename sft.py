@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): step 1 of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155v1, 3.5).
+"""Supervised fine-tuning (SFT): step 1 of InstructGPT, Ouyang et al. 2022, arXiv:2203.02155v1, 3.5.
 
 Maximise the likelihood of demonstrated responses y, token by token, given their prompts x:
 
@@ -143,17 +143,19 @@ POSITIVE = "amazing brilliant charming delightful funny gripping moving superb w
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
-FACTS = {"who": "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karin Louis Nora Oscar".split(),
-         "what": "bicycle camera guitar jacket kettle notebook phone ring scarf suitcase ticket".split(),
-         "where": "Athens Berlin Cairo Dublin Lisbon Madrid Oslo Paris Prague Rome Tokyo Vienna".split(),
-         "when": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()}
+FACTS = {kind: words.split() for kind, words in {
+    "who": "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karin Louis Nora Oscar",
+    "what": "bicycle camera guitar jacket kettle notebook phone ring scarf suitcase ticket",
+    "where": "Athens Berlin Cairo Dublin Lisbon Madrid Oslo Paris Prague Rome Tokyo Vienna",
+    "when": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"}.items()}
 SAID = {"who": ("My friend is called {}.", "This story is about {}."),
         "what": ("A {} got lost.", "Somebody forgot a {}."),
         "where": ("It happened in {}.", "We were in {}."),
         "when": ("The day was {}.", "It was a {}.")}
 FILLER = ("It rained a lot.", "I had not slept well.", "Nobody said a word.", "The food was cold.",
           "I still think about it.", "We laughed in the end.", "The train was late.",
-          "Everyone kept looking around.", "That street is always crowded.", "Please help if you can.")
+          "Everyone kept looking around.", "That street is always crowded.",
+          "Please help if you can.")
 
 
 def toy_prompts(held_out):
@@ -221,7 +223,8 @@ def toy_quality(summary, facts):
 def toy_grammatical(review):
     """One or two sentences of the toy's grammar, whatever their aspects and adjectives."""
     word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
-    sentence = rf" (?:The (?:{aspect}) was|I found the (?:{aspect})) (?:{word})(?: and (?:{word}))?\."
+    subject = rf"(?:The (?:{aspect}) was|I found the (?:{aspect}))"
+    sentence = rf" {subject} (?:{word})(?: and (?:{word}))?\."
     return bool(re.fullmatch(f"(?:{sentence}){{1,2}}", review))
 
 
@@ -318,14 +321,14 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
-    eos = tokenizer.eos_id
-    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1,
-                              repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-                              eos_token_id=eos, pad_token_id=eos)
+    eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
     responses = []
     for i in range(0, len(prompts), size):
         part = prompts[i:i + size]
         T = max(map(len, part))
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1,
+                                  repetition_penalty=1.0, eos_token_id=eos, pad_token_id=eos,
+                                  max_new_tokens=min(max_new_tokens, context - T))
         ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
         # generate counts positions along the mask, so that padding shifts nobody's.
@@ -374,7 +377,7 @@ def schedule(step, steps):
 
 
 def train(args):
-    """Run the algorithm; returns the final metrics. Leaves model, metrics and samples in args.out."""
+    """Run the algorithm; returns final metrics; leaves model, log and samples in args.out."""
     torch.manual_seed(args.seed)
 
     # 1. Demonstrations, and the model to start from.
@@ -396,8 +399,8 @@ def train(args):
     test, _ = encode_rows(tokenizer, held_out, args.max_length)
     if not examples or not test:
         fail(f"--max_length {args.max_length}: no row of {args.data} fits; give a larger one")
-    print(f"{len(examples)} demonstrations, {len(test)} held out. {lost['dropped']} dropped (no room "
-          f"behind the prompt), {lost['cut']} responses cut")
+    print(f"{len(examples)} demonstrations, {len(test)} held out. {lost['dropped']} dropped (no "
+          f"room behind the prompt), {lost['cut']} responses cut")
     tokenizer.show(*examples[0])
 
     # 3. Batches, made once: an epoch shuffles their order, not what is in them.
@@ -409,9 +412,10 @@ def train(args):
         order += random.Random(args.seed + len(order)).sample(range(len(batches)), len(batches))
 
     # 4. Before.
-    shown = held_out if not args.data else held_out[:8]
-    before, old_texts = state.get("before") or evaluate(
-        model, tokenizer, test, shown, args, autocast)
+    fits = [row for row in held_out
+            if len(tokenizer.encode_prompt(row["prompt"])) < args.max_length]
+    shown = fits[:8] if args.data else fits
+    before = state.get("before") or evaluate(model, tokenizer, test, shown, args, autocast)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if args.resume:
@@ -434,9 +438,9 @@ def train(args):
                 losses.append(loss.item())
             norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
 
-            # 6. The update. States are saved before it: their weights are known to give a finite loss.
+            # 6. The update. A state is saved before it, of weights that gave a finite loss.
             loss = sum(losses)
-            checkpoint(args, step, loss + norm, pressed, model, optimizer, before=(before, old_texts))
+            checkpoint(args, step, loss + norm, pressed, model, optimizer, before=before)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(step, steps)
             optimizer.step()
@@ -445,14 +449,14 @@ def train(args):
                    "tokens": tokens}
             log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
-        save_state(args.out, args, model, optimizer, step=steps, before=(before, old_texts))
+        save_state(args.out, args, model, optimizer, step=steps, before=before)
 
     # 7. After.
     after, texts = evaluate(model, tokenizer, test, shown, args, autocast)
+    before, old_texts = before
     if not args.data:
-        before |= toy_baselines(held_out)
-        after |= toy_baselines(held_out)
-    samples = [(row["prompt"], *pair) for row, *pair in zip(shown, old_texts, texts)]
+        before, after = before | toy_baselines(held_out), after | toy_baselines(held_out)
+    samples = [(row["prompt"], old, new) for row, old, new in zip(shown, old_texts, texts)]
     report(args.out, before, after, samples)
     plot(args.out, [["loss"], ["grad_norm"], ["lr"]])
     save_model(model, tokenizer, args.out)

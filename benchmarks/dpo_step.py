@@ -1,37 +1,38 @@
 """One DPO training step on the shape of TL;DR: ours against TRL's DPOTrainer. Time and peak memory.
 
-    python benchmarks/dpo_step.py             # about 8 minutes on two cores, 16 GB of memory
+    python benchmarks/dpo_step.py             # 10 to 20 minutes on two cores, 12 GB of memory
     pip install trl==1.16.0                   # the peer; without it only our side is measured
 
-GPT-2 small with random weights, no dropout, fp32 on a CPU; 4 pairs, prompts of 256 tokens, responses
-of 32 to 64 with their EOS; beta 0.1; gradients clipped to norm 1; AdamW. All cases have the same
-weights, the same token ids and the same reference, a model with other random weights (were policy
-and reference equal, the first loss would be log 2 whatever one computes). Before any timing, the
-losses of the first two steps must agree to 1e-5; the second depends on the gradients of the first.
+GPT-2 small with random weights, no dropout, fp32 on a CPU; 4 pairs, prompts of 256 tokens and
+responses of 32 to 64 with their EOS; beta 0.1; gradients clipped to norm 1; AdamW. All cases have
+the same weights, token ids and reference, a model with other random weights (were policy and
+reference equal, the first loss would be log 2 whatever one computes). Before any timing, the losses
+of the first two steps must agree to 1e-5; the second depends on the gradients of the first.
 
 - ours: `response_logps` and `dpo_loss` of dpo.py, reference log-probs precomputed. As in model.py's
   `load_model`, GPT-2's activation is gelu_pytorch_tanh, the fused form of TRL's gelu_new: the same
   function. `--gelu_new` takes that away from us, to show what the rest is worth.
-- trl: DPOTrainer as it runs on a CPU, like for like: `precompute_ref_log_probs=True` (not its
-  default) and no gradient checkpointing. Every position, prompt and padding included, meets the
+- trl: DPOTrainer on a CPU, like for like: `precompute_ref_log_probs=True` and no gradient
+  checkpointing, neither of them its default. Every position, prompt and padding included, meets the
   whole vocabulary, in tiles of 4096 tokens x 32768 columns.
 - trl +ref: the same, but the reference model runs in each step, as it does by default.
-- trl defaults: reference in each step and gradient checkpointing, both TRL's defaults. (By default
-  it would also compute in bfloat16, which no fp32 loss equals to 1e-5; that alone is turned off.)
+- trl defaults: its true defaults, reference in each step and gradient checkpointing; but for
+  bfloat16, also a default, which no fp32 loss equals to 1e-5.
 - trl compact: as `trl`, on the path that TRL takes on CUDA, which selects the response positions
   before the vocabulary. trl.trainer.utils asks `_use_triton(device)`; here that is made to say yes.
   The kernels ask another copy of the name, so the arithmetic stays TRL's own torch version.
 
-Each case is a process that trains a step when told to: TRL's are real `train()` runs, stopped before
-each step by a callback. Steps are timed in turn, round after round, and the ratio is the median of
-the ratios within a round. Memory: the peak of the second step above what stands between steps
-(weights, Adam's moments, a reference model); gradients are counted. "whole" is the whole process.
+Each case is a process that trains a step when told to; TRL's are real `train()` runs, which a
+callback halts before each step. One case of TRL at a time, its steps and ours are timed in turn,
+round after round, and a ratio is the median of the ratios within a round. Memory: the peak of the second step above what stands between
+steps (weights, Adam's moments, a reference model); gradients count. "whole": the whole process.
 """
 
 import argparse
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import random
 import statistics
@@ -85,7 +86,8 @@ class Meter:
         self.start = time.perf_counter()
 
     def end(self, loss):
-        row = {"seconds": time.perf_counter() - self.start, "loss": float(loss)}
+        row = {"seconds": time.perf_counter() - self.start, "loss": float(loss),
+               "peak": math.nan, "whole": math.nan}
         if self.linux and self.steps < CHECKED:
             row["whole"] = self.kilobytes("VmHWM") / 1024
             row["peak"] = row["whole"] - self.before / 1024
@@ -183,50 +185,54 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each case")
-    parser.add_argument("--cases", nargs="+", default=["ours", *TRL], choices=["ours", *TRL],
-                        help="which to run; each holds 2 to 2.5 GB between its steps")
+    parser.add_argument("--cases", nargs="+", default=[*TRL], choices=[*TRL],
+                        help="which of TRL's to run")
     parser.add_argument("--gelu_new", action="store_true", help="TRL's activation on our side too")
     parser.add_argument("--worker", choices=["ours", *TRL], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return (run_ours if args.worker == "ours" else run_trl)(args, Meter())
 
-    names = args.cases
+    cases = args.cases
     if importlib.util.find_spec("trl") is None:
         print("skipped: TRL is not installed (pip install trl==1.16.0)")
-        names = ["ours"]
+        cases = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32 on the CPU")
-    workers = {name: Worker(name) for name in names}
-    for _ in range(CHECKED):
-        rows = {name: worker.step() for name, worker in workers.items()}
-        losses = [row["loss"] for row in rows.values()]
-        print("losses " + "  ".join(f"{name} {row['loss']:.7f}" for name, row in rows.items()))
-        if max(losses) - min(losses) > 1e-5:
-            raise SystemExit("the losses differ by more than 1e-5")
-    peaks = {name: row.get("peak", float("nan")) for name, row in rows.items()}
-    whole = {name: row.get("whole", float("nan")) for name, row in rows.items()}
-    if "peak" not in rows[names[0]]:
+    seconds, memory, ratios = {"ours": []}, {}, {}
+    for case in cases or ["ours"]:  # ours alone where there is no TRL
+        workers = {name: Worker(name) for name in ("ours", case)}
+        for step in range(CHECKED):
+            rows = {name: worker.step() for name, worker in workers.items()}
+            print(f"losses of step {step + 1}:",
+                  ", ".join(f"{name} {row['loss']:.7f}" for name, row in rows.items()), flush=True)
+            if not abs(rows["ours"]["loss"] - rows[case]["loss"]) <= 1e-5:
+                raise SystemExit("the losses differ by more than 1e-5")
+        memory |= {name: (row["peak"], row["whole"]) for name, row in rows.items()}
+        times = {name: [] for name in workers}
+        for _ in range(args.rounds):
+            for name, worker in workers.items():
+                times[name].append(worker.step()["seconds"])
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.wait()
+        seconds["ours"] += times["ours"]
+        seconds[case] = times[case] if case in TRL else seconds["ours"]
+        ratios[case] = {
+            "time": statistics.median(x / y for x, y in zip(times["ours"], times[case])),
+            "peak": memory["ours"][0] / memory[case][0]}
+    if memory["ours"][0] != memory["ours"][0]:
         print("memory was not measured: that needs Linux")
-    seconds = {name: [] for name in names}
-    for _ in range(args.rounds):
-        for name, worker in workers.items():
-            seconds[name].append(worker.step()["seconds"])
-    for worker in workers.values():
-        worker.process.kill()
 
-    base = "trl" if "trl" in names else names[0]
-    ratio = {"time": lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b])),
-             "peak": lambda a, b: peaks[a] / peaks[b]}
-    print(f"\n{'':14} {'median s':>9} {'min s':>7} {'/ ' + base:>7} {'peak MiB':>9} {'/ ' + base:>7} "
+    print(f"\n{'':13} {'median s':>9} {'min s':>7} {'ours / it':>10} {'peak MiB':>9} {'ours / it':>10} "
           f"{'whole MiB':>10}")
     for name, times in seconds.items():
-        print(f"{name:14} {statistics.median(times):9.3f} {min(times):7.3f} "
-              f"{ratio['time'](name, base):7.2f} {peaks[name]:9.0f} {ratio['peak'](name, base):7.2f} "
-              f"{whole[name]:10.0f}")
+        ratio = ratios.get(name, {"time": 1.0, "peak": 1.0})
+        print(f"{name:13} {statistics.median(times):9.3f} {min(times):7.3f} {ratio['time']:10.2f} "
+              f"{memory[name][0]:9.0f} {ratio['peak']:10.2f} {memory[name][1]:10.0f}")
     print("\ntargets")
     for what, other, most in TARGETS:
-        if {"ours", other} <= set(names):
-            value = ratio[what]("ours", other)
+        if other in ratios:
+            value = ratios[other][what]
             verdict = "not measured" if value != value else "met" if value <= most else "MISSED"
             print(f"  {what} of ours / {other}: {value:.2f}, at most {most:.2f}: {verdict}")
 

@@ -18,9 +18,9 @@ the gradients of both inputs. Before any timing, all must agree.
   log-probs alone (its DPOTrainer also asks for entropy, mean logits and accuracy).
 - torch: `linear_cross_entropy`, in chunks of tokens.
 
-Time: all cases in turn in one process, round after round; a ratio is the median of the ratios within
-a round, so that a machine which others use disturbs both sides alike. Memory: a process for each
-case; the peak above what stood before, so that gradients count and inputs do not.
+Time: all cases in turn in one process, round after round; a ratio is the median of the ratios
+within a round, so that a machine which others use disturbs both sides alike. Memory: a process for
+each case; the peak above what stood before, so that gradients count and inputs do not.
 """
 
 import argparse
