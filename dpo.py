@@ -85,6 +85,11 @@ def kto_loss(policy, reference, desirable, kl, beta, lambda_desirable=1.0, lambd
                        lambda_undesirable * torch.sigmoid(beta * (a - kl)))
 
 
+def kto_reference_point(log_ratios):
+    """KTO's z: log pi/pi_ref of mismatched responses (B,), averaged first, then clamped at 0."""
+    return log_ratios.mean().clamp(min=0)
+
+
 # By --loss: from summed log-probs of chosen (w) and rejected (l) responses, the same of the
 # reference (rw, rl), lengths (nw, nl) and the flags (a). KTO stands apart: it has no pairs.
 PAIR_LOSSES = {
@@ -236,7 +241,7 @@ def toy_pairs(model, tokenizer, count, seed, held_out=False):
 # ---------------------------------------------------------------------------------------- data
 
 
-def read_rows(path, loss):
+def read_preferences(path, loss):
     """Rows {"prompt", "chosen", "rejected"}, or for KTO {"prompt", "completion", "label"}.
 
     A ranking {"prompt", "responses", "ranks"} (1 is best) gives each pair that is strictly ordered.
@@ -264,7 +269,7 @@ def read_rows(path, loss):
     return rows or fail(f"--data {path}: no row prefers one response to another")
 
 
-def encode_rows(tokenizer, rows, max_length):
+def encode_preferences(tokenizer, rows, max_length):
     """Examples (chosen, rejected, True), or (completion, None, label), and counts of what is lost.
 
     A response is (prompt ids, response ids). Pairs that are identical once they are cut are left
@@ -285,7 +290,7 @@ def encode_rows(tokenizer, rows, max_length):
 
 
 def kto_examples(examples):
-    """Examples (response, partner, desirable) from shuffled ones of `encode_rows`.
+    """Examples (response, partner, desirable) from shuffled ones of `encode_preferences`.
 
     The partner is a response to another prompt, put behind this prompt: such mismatched pairs tell
     how far the policy has moved at large. Fixed here, so that the reference scores them only once.
@@ -311,26 +316,27 @@ def score(model, sequences, autocast, size=64):
     with autocast:
         parts = [response_logps(model, collate(sequences[i:i + size], model.device))[0]
                  for i in range(0, len(sequences), size)]
-    return torch.cat(parts).cpu() if parts else torch.zeros(0)
+    return torch.cat(parts).cpu()
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
     """A response of the model's own distribution to each list of prompt ids: ids with their EOS.
 
-    Temperature 1 and the whole vocabulary, said explicitly: `generate` would otherwise keep the 50
-    likeliest tokens, and obey whatever generation_config.json came with the model.
+    Temperature 1 and the whole vocabulary: `generate` would otherwise keep the 50 likeliest tokens
+    and obey whatever generation_config.json came with the model, which is put aside meanwhile.
     """
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
     eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
+    own, model.generation_config = model.generation_config, GenerationConfig()
     responses = []
     for i in range(0, len(prompts), size):
         part = prompts[i:i + size]
         T = max(map(len, part))
-        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1,
-                                  repetition_penalty=1.0, eos_token_id=eos, pad_token_id=eos,
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                  eos_token_id=eos, pad_token_id=eos,
                                   max_new_tokens=min(max_new_tokens, context - T))
         ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
@@ -338,6 +344,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
         new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
                              generation_config=config)[:, T:].tolist()  # (B, up to max_new_tokens)
         responses += [r[:r.index(eos) + 1] if eos in r else r for r in new]
+    model.generation_config = own
     return responses
 
 
@@ -377,12 +384,14 @@ def evaluate(policy, reference, tokenizer, test, prompts, args, autocast):
              "rejected": [b or a for a, b, good in test if b or not good]}
     rewards = {}
     for side, responses in sides.items():
-        old, new = (score(model, responses, autocast) for model in (reference, policy))
-        rewards[side] = args.beta * (new - old)
-        before[f"logps/{side}"], after[f"logps/{side}"] = float(old.mean()), float(new.mean())
-        before[f"rewards/{side}"], after[f"rewards/{side}"] = 0.0, float(rewards[side].mean())
-    before["rewards/margin"] = 0.0
-    after["rewards/margin"] = after["rewards/chosen"] - after["rewards/rejected"]
+        if responses:  # labelled rows held out may all be good, or all bad
+            old, new = (score(model, responses, autocast) for model in (reference, policy))
+            rewards[side] = args.beta * (new - old)
+            before[f"logps/{side}"], after[f"logps/{side}"] = float(old.mean()), float(new.mean())
+            before[f"rewards/{side}"], after[f"rewards/{side}"] = 0.0, float(rewards[side].mean())
+    if len(rewards) == 2:
+        before["rewards/margin"] = 0.0
+        after["rewards/margin"] = after["rewards/chosen"] - after["rewards/rejected"]
     if all(b for _, b, _ in test):  # strictly above: no difference is no success
         before["rewards/accuracy"] = 0.0
         after["rewards/accuracy"] = float((rewards["chosen"] > rewards["rejected"]).float().mean())
@@ -425,8 +434,6 @@ def schedule(step, steps):
 
 def train(args):
     """Run the algorithm; returns final metrics; leaves model, log and samples in args.out."""
-    torch.manual_seed(args.seed)
-
     # 1. The policy. Until its first step it is the reference too: no second model is loaded.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
     autocast = settle(args, model, lr_small=5e-4, lr_lora=5e-6, lr=5e-7)
@@ -435,7 +442,8 @@ def train(args):
 
     # 2. Preferences: of a file, or between samples of the reference, judged by the toy's human.
     if args.data:
-        rows, held_out = split_by_prompt(read_rows(args.data, args.loss), args.held_out, args.seed)
+        rows, held_out = split_by_prompt(
+            read_preferences(args.data, args.loss), args.held_out, args.seed)
         fits = {json.dumps(row["prompt"]): row["prompt"] for row in held_out
                 if len(tokenizer.encode_prompt(row["prompt"])) < args.max_length}
         prompts = list(fits.values())[:8]
@@ -443,8 +451,8 @@ def train(args):
         rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
         held_out = toy_pairs(model, tokenizer, 256, args.seed, held_out=True)
         prompts = toy_prompts(held_out=True)[:8]
-    examples, lost = encode_rows(tokenizer, rows, args.max_length)
-    test, _ = encode_rows(tokenizer, held_out, args.max_length)
+    examples, lost = encode_preferences(tokenizer, rows, args.max_length)
+    test, _ = encode_preferences(tokenizer, held_out, args.max_length)
     if not examples or not test:
         fail(f"--max_length {args.max_length}: no row of {args.data} fits; give a larger one")
     print(f"{len(examples)} preferences, {len(test)} held out. {lost['dropped']} dropped (no room "
@@ -488,12 +496,12 @@ def train(args):
             batch, old_parts = parts(batches[order[step]]), reference[order[step]]
             size = sum(map(len, batch))
 
-            # 5. KTO's reference point z: average the mismatched log-ratios, then clamp at 0.
+            # 5. KTO's reference point z, of the whole batch: how far mismatched responses moved.
             if kto:
                 with torch.no_grad():
                     drift = [logps(part, 1)[0] - old.to(model.device)
                              for part, (_, old) in zip(batch, old_parts, strict=True)]
-                    z = torch.cat(drift).mean().clamp(min=0)
+                    z = kto_reference_point(torch.cat(drift))
 
             # 6. The loss and its gradient, part by part, divided by the size of the whole batch.
             seen = []
@@ -525,15 +533,17 @@ def train(args):
             row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"]}
             rewards = args.beta * (new - old)
             for side, mask in (("chosen", good), ("rejected", ~good)):
-                row[f"rewards/{side}"] = float(rewards[mask].mean())
-                row[f"logps/{side}"] = float(new[mask].mean())
-            row["rewards/margin"] = row["rewards/chosen"] - row["rewards/rejected"]
+                if mask.any():  # a batch of KTO may hold only good responses, or only bad ones
+                    row[f"rewards/{side}"] = float(rewards[mask].mean())
+                    row[f"logps/{side}"] = float(new[mask].mean())
+            margin = row.get("rewards/chosen", 0.0) - row.get("rewards/rejected", 0.0)
+            row["rewards/margin"] = margin
             if kto:
                 row["kl/mismatched"] = float(z)
             else:  # strictly above: the equal rewards of the first step are no success
                 row["rewards/accuracy"] = float((rewards[good] > rewards[~good]).float().mean())
             log.write(json.dumps(row) + "\n")
-            progress.set_postfix(loss=f"{loss:.3f}", margin=f"{row['rewards/margin']:.2f}")
+            progress.set_postfix(loss=f"{loss:.3f}", margin=f"{margin:.2f}")
         save_state(args.out, args, model, optimizer, step=steps, reference=reference)
 
     # 9. Compare with the reference, loaded again now that the optimizer's memory is free.

@@ -26,11 +26,12 @@ from torch import nn
 TINY = Path(__file__).resolve().parent / "tiny"
 # GPT-2's rule for cutting text into pieces before the byte pairs are merged (Radford et al. 2019).
 GPT2_PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+END = "<|endoftext|>"
 LORA_ALPHA = 16
 # What belongs to a saved model: everything else in a run's folder is left alone by `save_model`.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
                "vocab.json", "merges.txt", "tokenizer*", "special_tokens_map.json",
-               "added_tokens.json", "chat_template*")
+               "added_tokens.json", "chat_template*", "additional_chat_templates")
 
 
 def fail(message):
@@ -58,10 +59,12 @@ class Tokenizer:
         else:
             from transformers import AutoTokenizer
 
+            if not any(any(folder.glob(p)) for p in ("tokenizer.json", "vocab.*", "*.model")):
+                fail(f"{folder}: no tokenizer in this folder; put the model's own files there")
             try:
                 self.transformers = AutoTokenizer.from_pretrained(
                     folder, local_files_only=True, trust_remote_code=False)
-            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            except Exception as error:  # transformers raises whatever it stumbles over
                 fail(f"{folder}: cannot load a tokenizer from this folder ({error})")
             self.bos_id = self.transformers.bos_token_id
             self.eos_id = self.transformers.eos_token_id
@@ -85,9 +88,11 @@ class Tokenizer:
         if not getattr(self.transformers, "chat_template", None):
             fail("the prompt is a list of messages but this tokenizer has no chat template; "
                  "give prompts as strings, or a model with a chat template")
-        # The template writes BOS itself where the model wants one. return_dict=False: ids, no dict.
-        return self.transformers.apply_chat_template(prompt, add_generation_prompt=True,
-                                                     tokenize=True, return_dict=False)
+        try:  # the template itself writes BOS where the model wants one
+            return self.transformers.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # templates raise errors of their own, on roles say
+            fail(f"the chat template of this model refuses the prompt {prompt} ({error})")
 
     def encode_example(self, prompt, response, max_length):
         """(prompt ids, response ids with EOS), or None if the prompt leaves no room for a response.
@@ -101,8 +106,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of token ids; control tokens such as EOS are left out."""
-        if self.tiktoken:
-            return self.tiktoken.decode([i for i in ids if i not in (self.bos_id, self.eos_id)])
+        if self.tiktoken:  # ids beyond the tokenizer's come from models with padded vocabularies
+            return self.tiktoken.decode([i for i in ids if i < len(self) and i != self.eos_id])
         return self.transformers.decode(ids, skip_special_tokens=True,
                                         clean_up_tokenization_spaces=False)
 
@@ -137,22 +142,22 @@ def _read_gpt2_tokenizer(folder):
         vocab = json.loads(files["vocab.json"])
         merges = [line.split() for line in files["merges.txt"].decode().splitlines()
                   if line and not line.startswith("#version")]
-    except (OSError, ValueError, KeyError) as error:
+        # Some models call their tokenizer GPT-2's and cut text differently: to transformers.
+        pieces = fast.get("pre_tokenizer") or {"type": "ByteLevel"}
+        control = [settings.get(key, END) for key in ("bos_token", "eos_token")]
+        control = [t["content"] if isinstance(t, dict) else t for t in control]
+        plain = (kind in ("gpt2", "GPT2Tokenizer", "GPT2TokenizerFast")
+                 and control == [END, END] and len(vocab) == 256 + len(merges) + (END in vocab)
+                 and not settings.get("add_prefix_space") and "chat_template" not in settings
+                 and not (folder / "chat_template.jinja").exists()
+                 and not (folder / "added_tokens.json").exists()
+                 and {t["content"] for t in fast.get("added_tokens", [])} <= {END}
+                 and pieces["type"] == "ByteLevel" and not pieces.get("add_prefix_space"))
+        # tiktoken merges the pair with the lowest id first: right if ids rise along the merges.
+        order = [vocab.get(a + b, -1) for a, b in merges]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{folder}: its tokenizer files cannot be read ({error!r})")
-    # Some models call their tokenizer GPT-2's and cut text differently: they go to transformers.
-    pieces = fast.get("pre_tokenizer") or {"type": "ByteLevel"}
-    control = {t if isinstance(t, str) else t["content"] for key in ("bos_token", "eos_token")
-               if (t := settings.get(key, "<|endoftext|>"))}
-    plain = (kind in ("gpt2", "GPT2Tokenizer", "GPT2TokenizerFast")
-             and not settings.get("add_prefix_space") and "chat_template" not in settings
-             and not (folder / "chat_template.jinja").exists()
-             and not (folder / "added_tokens.json").exists()
-             and {t["content"] for t in fast.get("added_tokens", [])} <= control
-             and pieces["type"] == "ByteLevel" and not pieces.get("add_prefix_space")
-             and control == {"<|endoftext|>"} and "<|endoftext|>" in vocab)
-    # tiktoken merges the pair with the lowest id first: right if ids rise along the merges.
-    order = [vocab.get(a + b, -1) for a, b in merges]
-    if not plain or any(i >= j for i, j in zip(order, order[1:])) or -1 in order:
+    if not plain or END not in vocab or sorted(set(order)) != order or -1 in order:
         return None
     import tiktoken
 
@@ -160,10 +165,10 @@ def _read_gpt2_tokenizer(folder):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in printable]
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    eos = vocab.pop("<|endoftext|>")
+    eos = vocab.pop(END)
     ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
     encoding = tiktoken.Encoding("gpt2-files", pat_str=GPT2_PIECES, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": eos})
+                                 special_tokens={END: eos})
     return encoding, eos, eos, files
 
 
@@ -204,7 +209,7 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        # The same function of x to 1e-6, fused: 8 to 17 % off a training step on a CPU.
+        # The same function of x, as one fused kernel instead of eight.
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"
         # New weights (a whole model, or a reward head) depend on nothing but the folder.
@@ -218,9 +223,9 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
                                  if head == "lm" or "score" not in key)
                 if missing:
                     fail(f"{name}: the weights lack {missing[0]} and {len(missing) - 1} more")
-            elif any(folder.glob("*.bin")):
-                fail(f"{name}: only pickled weights, which can run code when they are loaded; "
-                     "convert them to safetensors (save_pretrained of transformers does)")
+            elif any(folder.glob("*.bin")) or folder not in (TINY, Path(name)):
+                fail(f"{name}: no safetensors weights; pickled ones can run code when they are "
+                     "loaded, so convert them (save_pretrained of transformers does)")
             else:
                 print(f"warning: {name} holds no weights, so they are random", file=sys.stderr)
                 model = auto.from_config(config, dtype=dtype)
@@ -228,9 +233,10 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
         raise
     except Exception as error:  # transformers and safetensors raise a dozen kinds for a bad folder
         fail(f"{name}: cannot load a model from {folder} ({type(error).__name__}: {error})")
-    if len(tokenizer) > config.vocab_size:
-        fail(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only "
-             f"{config.vocab_size}; they do not belong together")
+    vocabulary = len(model.get_input_embeddings().weight)
+    if len(tokenizer) > vocabulary:
+        fail(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}; "
+             "they do not belong together")
     try:
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -238,7 +244,9 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
     if head == "lm":
         _check_head(model, name)
     if lora_rank:
-        add_lora(model, lora_rank)
+        with torch.random.fork_rng():  # the same adapters each time, as for new weights
+            torch.manual_seed(0)
+            add_lora(model, lora_rank)
     return model, tokenizer
 
 
@@ -315,8 +323,10 @@ def _finish_save(folder):
         return
     if (commit / "files.json").is_file():
         names = json.loads((commit / "files.json").read_text())
-        for old in Path(folder).iterdir():  # of another model that lay here
-            if old.name not in names and any(old.match(p) for p in MODEL_FILES):
+        for old in [p for p in Path(folder).iterdir() if any(map(p.match, MODEL_FILES))]:
+            if old.is_dir() and (old.name not in names or (commit / old.name).exists()):
+                shutil.rmtree(old)  # a folder cannot be replaced, only removed
+            elif old.name not in names:  # of another model that lay here
                 old.unlink()
         for name in names:
             if (commit / name).exists():
@@ -337,8 +347,10 @@ class LoRA(nn.Module):
         self.transposed = not isinstance(base, nn.Linear)
         d_out, d_in = base.weight.shape[::-1] if self.transposed else base.weight.shape
         self.base, self.scale = base, LORA_ALPHA / rank
-        self.A = nn.Parameter(torch.randn(rank, d_in, device=base.weight.device) / d_in**0.5)
-        self.B = nn.Parameter(torch.zeros(d_out, rank, device=base.weight.device))
+        like = {"device": base.weight.device,  # at least fp32: small updates are lost in bf16
+                "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+        self.A = nn.Parameter(torch.randn(rank, d_in, **like) / d_in**0.5)
+        self.B = nn.Parameter(torch.zeros(d_out, rank, **like))
 
     def forward(self, x):
         a, b = self.A.to(x.dtype), self.B.to(x.dtype)
@@ -391,9 +403,10 @@ def read_jsonl(path):
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append((f"{path}:{number}", json.loads(line)))
-                dict.keys(rows[-1][1])
-        except (ValueError, TypeError) as error:
+                row = json.loads(line)
+                json.dumps(dict.copy(row), ensure_ascii=False).encode()  # no half characters
+                rows.append((f"{path}:{number}", row))
+        except (ValueError, TypeError, RecursionError) as error:
             fail(f"{path}:{number}: not a JSON object ({error}); write one object on each line")
     if not rows:
         fail(f"--data {path}: no rows in this file")
@@ -465,6 +478,13 @@ def check_flags(args, zero_allowed=()):
             zero = name in ("lora_rank", *zero_allowed)
             if not (value > 0 or zero and value == 0) or math.isinf(value):
                 fail(f"--{name} {value}: must be a number {'not below' if zero else 'above'} 0")
+            if value > 1e38:
+                fail(f"--{name} {value}: too large for float32")
+    if not -(2**63) <= args.seed < 2**63:
+        fail(f"--seed {args.seed}: must fit into 64 bits")
+    for path in (Path(args.out), *Path(args.out).parents):
+        if path.exists() and not path.is_dir():
+            fail(f"--out {args.out}: {path} is a file, and a folder is needed")
 
 
 def settle(args, model, lr_small, lr_lora, lr):
@@ -498,6 +518,7 @@ def load_state(folder, args):
         fail(f"--resume: no interrupted run in {folder}; start one without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs pickled code
+        state["args"], state["step"], state["model"], state["optimizer"]
     except Exception as error:  # torch raises many kinds for a file that is not its own
         fail(f"--resume: {path} cannot be read ({type(error).__name__}); start without --resume")
     for key, value in state["args"].items():
@@ -527,9 +548,11 @@ def checkpoint(args, step, health, pressed, model, optimizer, **rest):
     gives. Saving before an update keeps only weights that are known to give a finite loss.
     """
     if not math.isfinite(health):
+        how = f"start again with --lr {args.lr / 10:g}"
+        if (Path(args.out) / "state.pt").exists():
+            how = f"--resume --lr {args.lr / 10:g} goes on from the last good state, in {args.out}"
         fail(f"step {step + 1}: the loss or its gradient is {health}, most likely because --lr "
-             f"{args.lr:g} is too high; --resume --lr {args.lr / 10:g} goes on from the last state "
-             f"saved in {args.out} (every {args.save_every} steps), or start again with that")
+             f"{args.lr:g} is too high; {how}")
     if pressed or (step and step % args.save_every == 0):
         save_state(args.out, args, model, optimizer, step=step, **rest)
     if pressed:

@@ -276,7 +276,7 @@ def toy_new_model(rows, device):
 # ---------------------------------------------------------------------------------------- data
 
 
-def read_rows(path):
+def read_demonstrations(path):
     """Rows {"prompt", "completion"} of a file in that format, or in {"messages": [...]}."""
     example = '{"prompt": "...", "completion": "..."}'
     rows = []
@@ -291,7 +291,7 @@ def read_rows(path):
     return rows
 
 
-def encode_rows(tokenizer, rows, max_length):
+def encode_demonstrations(tokenizer, rows, max_length):
     """Examples (prompt ids, response ids), and counts of the rows that are dropped or cut."""
     ids = [tokenizer.encode_example(row["prompt"], row["completion"], max_length) for row in rows]
     examples = [example for example in ids if example]
@@ -308,26 +308,27 @@ def score(model, sequences, autocast, size=64):
     with autocast:
         parts = [response_logps(model, collate(sequences[i:i + size], model.device))[0]
                  for i in range(0, len(sequences), size)]
-    return torch.cat(parts).cpu() if parts else torch.zeros(0)
+    return torch.cat(parts).cpu()
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
     """A response of the model's own distribution to each list of prompt ids: ids with their EOS.
 
-    Temperature 1 and the whole vocabulary, said explicitly: `generate` would otherwise keep the 50
-    likeliest tokens, and obey whatever generation_config.json came with the model.
+    Temperature 1 and the whole vocabulary: `generate` would otherwise keep the 50 likeliest tokens
+    and obey whatever generation_config.json came with the model, which is put aside meanwhile.
     """
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
     eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
+    own, model.generation_config = model.generation_config, GenerationConfig()
     responses = []
     for i in range(0, len(prompts), size):
         part = prompts[i:i + size]
         T = max(map(len, part))
-        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1,
-                                  repetition_penalty=1.0, eos_token_id=eos, pad_token_id=eos,
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                  eos_token_id=eos, pad_token_id=eos,
                                   max_new_tokens=min(max_new_tokens, context - T))
         ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
@@ -335,6 +336,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
         new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
                              generation_config=config)[:, T:].tolist()  # (B, up to max_new_tokens)
         responses += [r[:r.index(eos) + 1] if eos in r else r for r in new]
+    model.generation_config = own
     return responses
 
 
@@ -378,11 +380,9 @@ def schedule(step, steps):
 
 def train(args):
     """Run the algorithm; returns final metrics; leaves model, log and samples in args.out."""
-    torch.manual_seed(args.seed)
-
     # 1. Demonstrations, and the model to start from.
     if args.data:
-        rows, held_out = split_by_prompt(read_rows(args.data), args.held_out, args.seed)
+        rows, held_out = split_by_prompt(read_demonstrations(args.data), args.held_out, args.seed)
     else:
         rows = toy_rows(args.task, args.examples, args.seed)
         held_out = toy_rows(args.task, 200, args.seed, held_out=True)
@@ -395,8 +395,8 @@ def train(args):
     state = load_state(args.out, args) if args.resume else {"step": 0}
 
     # 2. Text to token ids. What does not fit is counted, and never changed silently.
-    examples, lost = encode_rows(tokenizer, rows, args.max_length)
-    test, _ = encode_rows(tokenizer, held_out, args.max_length)
+    examples, lost = encode_demonstrations(tokenizer, rows, args.max_length)
+    test, _ = encode_demonstrations(tokenizer, held_out, args.max_length)
     if not examples or not test:
         fail(f"--max_length {args.max_length}: no row of {args.data} fits; give a larger one")
     print(f"{len(examples)} demonstrations, {len(test)} held out. {lost['dropped']} dropped (no "

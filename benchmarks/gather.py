@@ -150,6 +150,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda")
+    parser.add_argument("--peers", nargs="*", help="which rows beside the first three (all of them)")
     parser.add_argument("--memory", help="only print the peak of this case, in MiB")
     args = parser.parse_args()
     found = cases()
@@ -158,6 +159,9 @@ def main():
 
     print(f"torch {torch.__version__}: N={args.N} D={args.D} V={args.V}, fp32, {args.device}, "
           f"{torch.get_num_threads()} threads")
+    if args.peers is not None:
+        found = {name: case for i, (name, case) in enumerate(found.items())
+                 if i < 3 or name in args.peers}
     inputs = make_inputs(args.N, args.D, args.V, args.device)
     check(found, inputs)  # also warms up
     seconds = {name: [] for name in found}
@@ -166,7 +170,7 @@ def main():
             start = time.perf_counter()
             run(case, *inputs)
             seconds[name].append(time.perf_counter() - start)
-    flags = [f"--{key}={value}" for key, value in vars(args).items() if key != "memory"]
+    flags = [f"--{key}={value}" for key, value in vars(args).items() if key not in ("peers", "memory")]
     peaks = {name: float(subprocess.check_output(
         [sys.executable, __file__, *flags, "--memory", name], text=True).split()[-1])
         for name in found}
@@ -186,7 +190,9 @@ def main():
         if other in found:
             value = ratio[what]("ours", other)
             verdict = "not measured" if value != value else "met" if value <= most else "MISSED"
-            print(f"  {what} of ours / {other}: {value:.2f}, at most {most:.2f}: {verdict}")
+            least = min(seconds["ours"]) / min(seconds[other])
+            least = f" (of the minima {least:.2f})" if what == "time" else ""
+            print(f"  {what} of ours / {other}: {value:.2f}{least}, at most {most:.2f}: {verdict}")
 
 
 if __name__ == "__main__":

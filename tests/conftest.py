@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, and a tiny GPT-2 whose numbers are easy to bend."""
+"""Shared by all tests: the repository on the path, the embedded model, one seed."""
 
 import sys
 from pathlib import Path

@@ -36,11 +36,12 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
+@pytest.fixture
+def out(tmp_path):
     """The folder of an earlier run, which no failing command may touch."""
-    folder = tmp_path_factory.mktemp("runs") / "earlier"
-    shutil.copytree(model.TINY, folder)
+    folder = tmp_path / "earlier"
+    shutil.copytree(model.TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     (folder / "args.json").write_text("{}\n")
     (folder / "notes.txt").write_text("mine\n")
@@ -161,8 +162,8 @@ def test_bad_row_for_dpo(name, tmp_path, capsys, out):
     fails("dpo", ["--data", str(path), *QUICK, *flags], capsys, fragments, out)
 
 
-MESSAGES = {"no reply": CHAT[:1], "reply first": CHAT[::-1], "only a reply": CHAT[1:], "a text": "Hi",
-            "texts": ["Hello", "Hi"], "empty": []}
+MESSAGES = {"no reply": CHAT[:1], "reply first": CHAT[::-1], "only a reply": CHAT[1:],
+            "a text": "Hi", "texts": ["Hello", "Hi"], "empty": []}
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -185,10 +186,11 @@ def test_empty_reply_for_sft(tmp_path, capsys, out):
 BOTH = ("dpo", "sft")
 FLAGS = {
     "missing file": (BOTH, "--data nowhere.jsonl", ("--data nowhere.jsonl", "No such file")),
-    "folder as file": (BOTH, f"--data {ROOT / 'tiny'}", ("tiny: cannot be read", "give a UTF-8 file")),
+    "folder as file": (BOTH, "--data {empty}", ("empty: cannot be read", "give a UTF-8 file")),
     "no row fits": (BOTH, "--data {good} --max_length 2",
                     ("--max_length 2", "data.jsonl", "give a larger one")),
-    "above the context": (BOTH, "--data {good} --max_length 513", ("--max_length 513", "512 positions")),
+    "above the context": (BOTH, "--data {good} --max_length 513",
+                          ("--max_length 513", "512 positions")),
     "unknown loss": (("dpo",), "--loss simpo", ("--loss", "'simpo'", "'ipo'", "--help")),
     "unknown task": (("sft",), "--task poetry", ("--task", "'poetry'", "'sentiment'", "--help")),
     "unknown flag": (BOTH, "--betta 0.1", ("--betta", "--help")),
@@ -217,7 +219,8 @@ FLAGS = {
     "beta nan": (("dpo",), "--beta nan", ("--beta nan", "above 0")),
     "tau 0": (("dpo",), "--loss ipo --tau 0", ("--tau 0", "above 0")),
     "negative alpha": (("dpo",), "--alpha -1", ("--alpha -1", "not below 0")),
-    "smoothing of more than half": (("dpo",), "--label_smoothing 0.6", ("--label_smoothing 0.6", "half")),
+    "smoothing of more than half": (("dpo",), "--label_smoothing 0.6",
+                                    ("--label_smoothing 0.6", "half")),
     "no samples": (("dpo",), "--samples 0", ("--samples 0", "above 0")),
     "pretrain with data": (("sft",), "--task pretrain --data {good}",
                            ("--task pretrain", "leave out --data")),
@@ -234,7 +237,8 @@ def test_bad_flag(name, script, tmp_path, capsys, out):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, good(script))))
     names = {"good": path, "empty": tmp_path / "empty"}
-    fails(script, [*QUICK, *(word.format(**names) for word in flags.split())], capsys, fragments, out)
+    argv = [word.format(**names) for word in flags.split()]
+    fails(script, [*QUICK, *argv], capsys, fragments, out)
 
 
 @pytest.mark.parametrize("where", ["taken", "taken/below"])
@@ -318,7 +322,7 @@ def test_resume_a_corrupt_state(script, kind, tmp_path, capsys):
     state = tmp_path / "run" / "state.pt"
     whole = state.read_bytes()
     if kind in ("noise", "empty", "truncated"):
-        state.write_bytes({"noise": b"\x80noise" * 9, "empty": b""}.get(kind, whole[:len(whole) // 2]))
+        state.write_bytes({"noise": b"noise" * 9, "empty": b""}.get(kind, whole[:len(whole) // 2]))
     else:
         torch.save({"no state": {}, "a list": [1], "code": Bomb(tmp_path / "hit")}[kind], state)
     fails(script, [*flags, "--resume"], capsys,

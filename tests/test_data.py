@@ -5,11 +5,20 @@ import json
 import pytest
 import torch
 
-from dpo import (collate, encode_rows, kto_examples, read_rows, response_logps, sample, score,
-                 token_logps, toy_pairs, toy_prompts)
+from dpo import (
+    collate,
+    encode_preferences,
+    kto_examples,
+    read_preferences,
+    response_logps,
+    sample,
+    score,
+    token_logps,
+    toy_pairs,
+    toy_prompts,
+)
 from model import split_by_prompt
-from sft import encode_rows as encode_demonstrations
-from sft import read_rows as read_demonstrations
+from sft import encode_demonstrations, read_demonstrations
 from sft import toy_baselines, toy_grammatical, toy_quality, toy_reward, toy_rows, toy_summary
 
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -25,7 +34,7 @@ def test_response_ends_with_eos_that_counts(tiny):
     where a mask made by ids != pad would lose it (huggingface/trl#6357)."""
     _, tokenizer = tiny
     rows = [{"prompt": "A", "chosen": " The plot was dull.", "rejected": " No."}]
-    examples, _ = encode_rows(tokenizer, rows, 512)
+    examples, _ = encode_preferences(tokenizer, rows, 512)
     chosen, rejected, _ = examples[0]
     assert chosen[1][-1] == rejected[1][-1] == tokenizer.eos_id
     batch = collate([chosen, rejected], "cpu")
@@ -37,33 +46,57 @@ def test_overfitted_model_stops(tmp_path, tiny):
     """The consequence: after overfitting one example, greedy decoding ends with EOS by itself."""
     import sft
 
-    rows = [{"prompt": f"Say {word}:", "completion": " The plot was dull."} for word in ("a", "b", "c")]
-    sft.main(["--data", str(write(tmp_path / "d.jsonl", *rows)), "--out", str(tmp_path / "o"),
-              "--steps", "30", "--batch_size", "2", "--device", "cpu"])
+    rows = [
+        {"prompt": f"Say {word}:", "completion": " The plot was dull."} for word in ("a", "b", "c")
+    ]
+    sft.main(
+        [
+            "--data",
+            str(write(tmp_path / "d.jsonl", *rows)),
+            "--out",
+            str(tmp_path / "o"),
+            "--steps",
+            "30",
+            "--batch_size",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     from model import load_model
 
     model, tokenizer = load_model(tmp_path / "o")
     prompt = torch.tensor([tokenizer.encode_prompt("Say a:")])
-    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                         max_new_tokens=30, pad_token_id=tokenizer.eos_id)[0, prompt.shape[1]:].tolist()
+    ids = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=30,
+        pad_token_id=tokenizer.eos_id,
+    )[0, prompt.shape[1] :].tolist()
     assert ids == tokenizer.encode(" The plot was dull.") + [tokenizer.eos_id]
 
 
 def test_cut_response_has_no_eos_and_is_counted(tiny):
-    """A cut answer did not end there: no EOS after it (eric-mitchell/direct-preference-optimization,
-    preference_datasets.py), none over its last token (OpenRLHF/OpenRLHF#1311), and it is counted."""
+    """A cut answer did not end there: no EOS after it (direct-preference-optimization,
+    preference_datasets.py:233), none over its last token (OpenRLHF/OpenRLHF#1311); it is counted.
+    """
     _, tokenizer = tiny
     text = " The plot was dull." * 5
-    (prompt, response), lost = (x[0] if isinstance(x, list) else x for x in encode_demonstrations(
-        tokenizer, [{"prompt": "A", "completion": text}], 12))
-    assert response == tokenizer.encode(text)[:12 - len(prompt)] and lost["cut"] == 1
+    (prompt, response), lost = (
+        x[0] if isinstance(x, list) else x
+        for x in encode_demonstrations(tokenizer, [{"prompt": "A", "completion": text}], 12)
+    )
+    assert response == tokenizer.encode(text)[: 12 - len(prompt)] and lost["cut"] == 1
 
 
 def test_pair_with_one_long_response_keeps_both(tiny):
     """Lengths 600 and 50 in 512: the short one is untouched (huggingface/trl#6548)."""
     _, tokenizer = tiny
     long, short = " plot" * 600, " cast" * 50
-    examples, lost = encode_rows(tokenizer, [{"prompt": "A", "chosen": long, "rejected": short}], 512)
+    examples, lost = encode_preferences(
+        tokenizer, [{"prompt": "A", "chosen": long, "rejected": short}], 512
+    )
     (p, chosen), (_, rejected), _ = examples[0]
     assert len(p) + len(chosen) == 512 and len(rejected) == 51 and lost["cut"] == 1
 
@@ -71,9 +104,11 @@ def test_pair_with_one_long_response_keeps_both(tiny):
 def test_prompt_without_room_is_dropped_and_counted(tiny):
     """A row whose mask would be empty is 0/0 = NaN later (huggingface/trl#5826)."""
     _, tokenizer = tiny
-    rows = [{"prompt": "plot " * 600, "chosen": " a", "rejected": " b"},
-            {"prompt": "A", "chosen": " a", "rejected": " b"}]
-    examples, lost = encode_rows(tokenizer, rows, 512)
+    rows = [
+        {"prompt": "plot " * 600, "chosen": " a", "rejected": " b"},
+        {"prompt": "A", "chosen": " a", "rejected": " b"},
+    ]
+    examples, lost = encode_preferences(tokenizer, rows, 512)
     assert len(examples) == 1 and lost["dropped"] == 1
     assert torch.isfinite(score(tiny[0], [examples[0][0]], NO_AUTOCAST)).all()
 
@@ -82,11 +117,13 @@ def test_pair_identical_after_the_cut_is_dropped_and_counted(tiny):
     """They would sit at log 2 for ever (natolambert/rlhf-book#503)."""
     _, tokenizer = tiny
     rows = [{"prompt": "A", "chosen": " plot" * 40 + " a", "rejected": " plot" * 40 + " b"}]
-    assert encode_rows(tokenizer, rows, 20)[1]["identical"] == 1
-    assert encode_rows(tokenizer, rows, 512)[1]["identical"] == 0
+    assert encode_preferences(tokenizer, rows, 20)[1]["identical"] == 1
+    assert encode_preferences(tokenizer, rows, 512)[1]["identical"] == 0
 
 
-@pytest.mark.parametrize("prompt, response", [("The sl", "ow train"), ("Question: ", " hi"), ("a\n", "\nb")])
+@pytest.mark.parametrize(
+    "prompt, response", [("The sl", "ow train"), ("Question: ", " hi"), ("a\n", "\nb")]
+)
 def test_no_token_straddles_prompt_and_response(tiny, prompt, response):
     """What is trained on is the response, character for character, and EOS: merges across the
     border (huggingface/trl#2054) and prompts that end in a space (huggingface/trl#1920)."""
@@ -100,12 +137,12 @@ def test_no_token_straddles_prompt_and_response(tiny, prompt, response):
 def test_targets_are_the_tokens_at_the_next_position():
     """index points at the token before each target, in the padded and flattened batch: no prompt
     token is trained on and no response token left out (jingyaogong/minimind#621)."""
-    sequences = [([3, 4, 5], [6, 7]), ([8], [9, 10, 11, 12])]
+    sequences = [([3, 4], [6, 7]), ([8], [9, 10, 11, 12])]
     batch = collate(sequences, "cpu")
     after = batch["input_ids"].flatten()[batch["index"] + 1]
     assert after.tolist() == batch["targets"].tolist() == [6, 7, 9, 10, 11, 12]
     assert batch["rows"].tolist() == [0, 0, 1, 1, 1, 1]
-    assert batch["attention_mask"].tolist() == [[1] * 5, [1] * 5]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
 
 
 def test_prompt_logits_do_not_matter(tiny):
@@ -143,7 +180,9 @@ def test_padding_changes_no_logp(tiny):
     where they show (huggingface/trl#469, #6800)."""
     model, tokenizer = tiny
     short = tokenizer.encode_example("I saw the film.", " The plot was dull.", 512)
-    long = tokenizer.encode_example("We watched the play with friends.", " The plot was dull." * 9, 512)
+    long = tokenizer.encode_example(
+        "We watched the play with friends.", " The plot was dull." * 9, 512
+    )
     alone = response_logps(model, collate([short], "cpu"))[0]
     beside = response_logps(model, collate([long, short], "cpu"))[0][1:]
     assert torch.allclose(alone, beside, atol=1e-5)
@@ -167,11 +206,24 @@ def test_left_padding_changes_no_sample(tiny):
     T = len(long)
     ids = torch.tensor([[tokenizer.eos_id] * (T - len(short)) + short, long])
     mask = torch.tensor([[0] * (T - len(short)) + [1] * len(short), [1] * T])
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=3, output_logits=True,
-                         return_dict_in_generate=True, pad_token_id=tokenizer.eos_id)
-    alone = model.generate(ids[:1, -len(short):], attention_mask=mask[:1, -len(short):], do_sample=False,
-                           max_new_tokens=3, output_logits=True, return_dict_in_generate=True,
-                           pad_token_id=tokenizer.eos_id)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=3,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.eos_id,
+    )
+    alone = model.generate(
+        ids[:1, -len(short) :],
+        attention_mask=mask[:1, -len(short) :],
+        do_sample=False,
+        max_new_tokens=3,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.eos_id,
+    )
     for beside, single in zip(out.logits, alone.logits, strict=True):
         assert torch.allclose(beside[:1], single, atol=1e-4)
 
@@ -184,8 +236,13 @@ def test_sampling_is_from_the_whole_distribution(tiny, monkeypatch):
 
     model, tokenizer = tiny
     real, used = model.generate, []
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(
-        do_sample=True, temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=3.0))
+    monkeypatch.setattr(
+        model,
+        "generation_config",
+        GenerationConfig(
+            do_sample=True, temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=3.0
+        ),
+    )
 
     def spy(*args, **kwargs):
         out = real(*args, **kwargs, output_scores=True, return_dict_in_generate=True)
@@ -195,9 +252,13 @@ def test_sampling_is_from_the_whole_distribution(tiny, monkeypatch):
     monkeypatch.setattr(model, "generate", spy)
     prompt = tokenizer.encode_prompt(toy_prompts(True)[0])
     first = [ids[0] for ids in sample(model, tokenizer, [prompt] * 4000, 1, seed=0, size=4000)]
-    assert torch.isfinite(used[0].scores[0]).all()
-    logp = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)  # (V,)
-    entropy, spread = -(logp.exp() * logp).sum(), (logp.exp() * logp**2).sum() - (logp.exp() * logp).sum()**2
+    logits = model(torch.tensor([prompt])).logits[0, -1]  # (V,)
+    assert torch.allclose(used[0].scores[0][0], logits, atol=1e-4)
+    logp = logits.log_softmax(-1)  # (V,)
+    entropy, spread = (
+        -(logp.exp() * logp).sum(),
+        (logp.exp() * logp**2).sum() - (logp.exp() * logp).sum() ** 2,
+    )
     nll = -logp[torch.tensor(first)].mean()
     assert abs(nll - entropy) < 4 * (spread / 4000).sqrt()
 
@@ -221,8 +282,10 @@ def test_training_mode_survives_sampling(tiny):
 
 def test_ranking_becomes_all_strict_pairs(tmp_path):
     """Ranks 2, 1, 2, 3: five strictly ordered pairs; the tie gives none."""
-    path = write(tmp_path / "r.jsonl", {"prompt": "p", "responses": list("abcd"), "ranks": [2, 1, 2, 3]})
-    pairs = {(row["chosen"], row["rejected"]) for row in read_rows(path, "dpo")}
+    path = write(
+        tmp_path / "r.jsonl", {"prompt": "p", "responses": list("abcd"), "ranks": [2, 1, 2, 3]}
+    )
+    pairs = {(row["chosen"], row["rejected"]) for row in read_preferences(path, "dpo")}
     assert pairs == {("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d")}
 
 
@@ -231,8 +294,10 @@ def test_chat_rows_are_read(tmp_path):
     last reply is the response."""
     chat = [{"role": "user", "content": "hi"}]
     reply = lambda text: [{"role": "assistant", "content": text}]
-    path = write(tmp_path / "c.jsonl", {"prompt": chat, "chosen": reply("yes"), "rejected": reply("no")})
-    assert read_rows(path, "dpo") == [{"prompt": chat, "chosen": "yes", "rejected": "no"}]
+    path = write(
+        tmp_path / "c.jsonl", {"prompt": chat, "chosen": reply("yes"), "rejected": reply("no")}
+    )
+    assert read_preferences(path, "dpo") == [{"prompt": chat, "chosen": "yes", "rejected": "no"}]
     path = write(tmp_path / "m.jsonl", {"messages": chat + reply("yes")})
     assert read_demonstrations(path) == [{"prompt": chat, "completion": "yes"}]
 
@@ -268,7 +333,9 @@ def test_kto_needs_two_prompts(capsys):
 def test_scores_do_not_depend_on_the_batch_size(tiny, size):
     """The last, smaller batch counts like any other (OpenRLHF/OpenRLHF#1336)."""
     model, tokenizer = tiny
-    sequences = [tokenizer.encode_example(p, " The plot was dull.", 512) for p in toy_prompts(True)[:5]]
+    sequences = [
+        tokenizer.encode_example(p, " The plot was dull.", 512) for p in toy_prompts(True)[:5]
+    ]
     together = score(model, sequences, NO_AUTOCAST, size=5)
     assert torch.allclose(score(model, sequences, NO_AUTOCAST, size=size), together, atol=1e-5)
 
@@ -294,15 +361,17 @@ def test_toy_prompts_are_split():
 
 def test_lead_baselines():
     """Lead-1 and lead-3 take the first sentence and the first three."""
-    row = {"prompt": "My friend is called Anna. It rained a lot. We were in Rome. A ring got lost.\nTL;DR:",
-           "facts": {"who": "Anna", "where": "Rome", "what": "ring"}}
+    row = {
+        "prompt": "My friend is called Anna. It rained a lot. We were in Rome. A ring got lost.",
+        "facts": {"who": "Anna", "where": "Rome", "what": "ring"},
+    }
     scores = toy_baselines([row])
     assert scores["summary/recall of lead-1"] == pytest.approx(1 / 3)
     assert scores["summary/recall of lead-3"] == pytest.approx(2 / 3)
 
 
 def test_tiny_is_good_but_not_perfect(tiny):
-    """What the other toys build on: clean English, balanced moods, summaries right half of the time."""
+    """What all toys build on: clean English, balanced moods, summaries right half of the time."""
     model, tokenizer = tiny
     prompts = [tokenizer.encode_prompt(p) for p in toy_prompts(True) for _ in range(8)]
     reviews = [tokenizer.decode(ids) for ids in sample(model, tokenizer, prompts, 64, seed=1)]

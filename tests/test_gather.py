@@ -70,7 +70,9 @@ def test_uniform_model_counts_tokens():
     """Zero logits: the log-prob is -n log V with n counted by hand (EleutherAI/gpt-neox#1285)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    )
     model.get_output_embeddings().weight.data.zero_()
     batch = collate([([1, 2, 3], [4, 5]), ([6], [7, 8, 9, 10])], "cpu")
     sums, lengths = response_logps(model.eval(), batch)
@@ -82,7 +84,9 @@ def test_shift_by_one_in_a_model_that_is_known(tiny):
     """Every response token is predicted from the state just before it: each of its log-probs equals
     that of the plain forward pass over exactly this sequence (OpenRLHF/OpenRLHF#465)."""
     model, tokenizer = tiny
-    prompt, response = tokenizer.encode_prompt("I saw the film."), tokenizer.encode(" The plot was dull.")
+    prompt, response = tokenizer.encode_prompt("I saw the film."), tokenizer.encode(
+        " The plot was dull."
+    )
     logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)  # (T, V)
     by_hand = [logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
     logps = token_logps(model, collate([([0] * 20, [5] * 9), (prompt, response)], "cpu"))[9:]
@@ -109,10 +113,14 @@ def test_peak_memory_is_far_below_the_logits():
     """Forward and backward stay under the size of one (N, V) matrix, where the naive version holds
     three (huggingface/trl#2799, OpenRLHF/OpenRLHF#718)."""
     peak = {}
-    for name, line in (("ours", "gather_logps(hidden, weight, targets)"),
-                       ("naive", "(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])")):
+    for name, line in (
+        ("ours", "gather_logps(hidden, weight, targets)"),
+        ("naive", "(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])"),
+    ):
         code = MEMORY.format(root=str(ROOT), line=line)
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         peak[name] = float(run.stdout)
     logits, gradient = 2048 * 50257 * 4 / 2**20, 50257 * 64 * 4 / 2**20  # 393 and 12 MiB
     assert peak["ours"] < gradient + 0.4 * logits

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpo import PAIR_LOSSES, dpo_loss, ipo_loss, kto_loss, rdpo_loss
+from dpo import PAIR_LOSSES, dpo_loss, ipo_loss, kto_loss, kto_reference_point, rdpo_loss
 from sft import sft_loss
 
 LOG2 = math.log(2)
@@ -41,9 +41,15 @@ def test_sft_gradient_is_minus_mask_over_count():
     assert torch.allclose(logps.grad, -mask / 4, atol=1e-7)
 
 
-@pytest.mark.parametrize("h, beta, e, expected", [
-    (0.0, 0.1, 0.0, LOG2), (0.0, 0.1, 0.1, LOG2), (10.0, 0.1, 0.0, 0.313262),
-    (math.log(9) / 0.1, 0.1, 0.1, 0.325083)])
+@pytest.mark.parametrize(
+    "h, beta, e, expected",
+    [
+        (0.0, 0.1, 0.0, LOG2),
+        (0.0, 0.1, 0.1, LOG2),
+        (10.0, 0.1, 0.0, 0.313262),
+        (math.log(9) / 0.1, 0.1, 0.1, 0.325083),
+    ],
+)
 def test_dpo_values(h, beta, e, expected):
     """log 2 at the start; softplus(-1) at beta h = 1; cDPO at its optimum is the entropy H(0.1)."""
     assert dpo_loss(*pair(h), beta, e).item() == pytest.approx(expected, abs=1e-6)
@@ -51,7 +57,7 @@ def test_dpo_values(h, beta, e, expected):
 
 @pytest.mark.parametrize("e, expected", [(0.0, 0.05), (0.1, 0.04)])
 def test_dpo_gradients_at_start(e, expected):
-    """-+ beta (1 - 2e) / 2 on the chosen and rejected log-prob, and nothing on unit-free h twice."""
+    """-+ beta (1 - 2e) / 2 on the chosen and on the rejected log-prob."""
     inputs = pair(0.0)
     dpo_loss(*inputs, 0.1, e).sum().backward()
     assert inputs[0].grad.item() == pytest.approx(-expected, abs=1e-9)
@@ -110,11 +116,24 @@ def test_kto_start_and_gradients():
     The table in the SimPO paper has a plus where KTO has a minus; with it they would go up.
     """
     policy = torch.tensor([-3.0, -3.0], requires_grad=True)
-    loss = kto_loss(policy, policy.detach(), torch.tensor([True, False]), torch.tensor(0.0), 0.1,
-                    lambda_desirable=1.5, lambda_undesirable=2.0)
+    loss = kto_loss(
+        policy,
+        policy.detach(),
+        torch.tensor([True, False]),
+        torch.tensor(0.0),
+        0.1,
+        lambda_desirable=1.5,
+        lambda_undesirable=2.0,
+    )
     loss.sum().backward()
     assert loss.tolist() == pytest.approx([0.75, 1.0], abs=1e-6)
     assert policy.grad.tolist() == pytest.approx([-1.5 * 0.1 / 4, 2.0 * 0.1 / 4], abs=1e-7)
+
+
+def test_kto_reference_point():
+    """Ratios (-1, 0.5, 0.2): their mean is negative, so z = 0. Clamping first would give 0.233."""
+    assert kto_reference_point(torch.tensor([-1.0, 0.5, 0.2])).item() == 0.0
+    assert kto_reference_point(torch.tensor([1.0, -0.5, 0.1])).item() == pytest.approx(0.2)
 
 
 def test_every_loss_choice_changes_the_number():
@@ -125,23 +144,33 @@ def test_every_loss_choice_changes_the_number():
     chosen, rejected = torch.tensor([-9.0]), torch.tensor([-12.0])
     same = torch.tensor([-10.0])
     lengths = torch.tensor([10.0]), torch.tensor([6.0])
-    values = {name: loss(chosen, rejected, same, same, *lengths, args).item()
-              for name, loss in PAIR_LOSSES.items()}
+    values = {
+        name: loss(chosen, rejected, same, same, *lengths, args).item()
+        for name, loss in PAIR_LOSSES.items()
+    }
     assert len({round(value, 6) for value in values.values()}) == len(values) == 4
 
 
 def test_sum_or_mean_of_logps():
-    """Doubling every token doubles DPO's margin and leaves IPO on means alone (huggingface/trl#1265)."""
+    """Doubling every token doubles DPO's margin, not that of IPO on means (huggingface/trl#1265)."""
     from dpo import parse_args
 
     args = parse_args(["--tau", "0.25"])
     once = [torch.tensor([v]) for v in (-9.0, -12.0, -10.0, -11.0)]
     twice = [2 * x for x in once]
-    short, long = [torch.tensor([5.0]), torch.tensor([7.0])], [torch.tensor([10.0]), torch.tensor([14.0])]
+    short, long = [torch.tensor([5.0]), torch.tensor([7.0])], [
+        torch.tensor([10.0]),
+        torch.tensor([14.0]),
+    ]
     margin = lambda loss: -math.log(math.expm1(loss))  # inverse of softplus(-margin)
-    dpo_once, dpo_twice = (PAIR_LOSSES["dpo"](*x, *n, args).item() for x, n in ((once, short), (twice, long)))
+    dpo_once, dpo_twice = (
+        PAIR_LOSSES["dpo"](*x, *n, args).item() for x, n in ((once, short), (twice, long))
+    )
     assert margin(dpo_twice) == pytest.approx(2 * margin(dpo_once), rel=1e-5)
-    ipo_once, ipo_twice = (PAIR_LOSSES["ipo_mean"](*x, *n, args).item() for x, n in ((once, short), (twice, long)))
+    ipo_once, ipo_twice = (
+        PAIR_LOSSES["ipo_mean"](*x, *n, args).item() for x, n in ((once, short), (twice, long))
+    )
     assert ipo_once == pytest.approx(ipo_twice, abs=1e-6)
     assert PAIR_LOSSES["ipo"](*once, *short, args).item() != pytest.approx(
-        PAIR_LOSSES["ipo"](*twice, *long, args).item(), abs=1e-2)
+        PAIR_LOSSES["ipo"](*twice, *long, args).item(), abs=1e-2
+    )

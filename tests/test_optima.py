@@ -1,7 +1,7 @@
 """On a bandit with five responses, minimising each loss reaches the optimum that theory states.
 
-Rewards r, reference ref, lengths, and labels from Bradley and Terry's model with exact expectations:
-no sampling, so the only error is the optimizer's.
+Rewards, reference, lengths, and labels from Bradley and Terry's model with exact expectations: no
+sampling, so the only error is the optimizer's.
 """
 
 import pytest
@@ -15,14 +15,21 @@ LENGTHS = torch.tensor([4.0, 9.0, 6.0, 3.0, 12.0], dtype=torch.float64)
 MU = torch.tensor([0.3, 0.2, 0.2, 0.2, 0.1], dtype=torch.float64)
 BETA = 0.5
 P = torch.sigmoid(R[:, None] - R[None, :])  # P[i, j]: how often i is preferred to j
-I, J = (index.flatten() for index in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+I, J = (
+    index.flatten() for index in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+)
 
 
 def minimise(loss):
     """The policy (5,) that minimises loss(log pi), from the reference, by L-BFGS."""
     logits = REF.log().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=5000, tolerance_grad=1e-12,
-                                  tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits],
+        max_iter=5000,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -36,10 +43,11 @@ def minimise(loss):
 
 
 def expected(pair_loss, weight=None):
-    """E over pairs (i, j) from mu x mu and their noisy labels of pair_loss(i chosen, j rejected)."""
+    """E of pair_loss(i chosen, j rejected) over pairs (i, j) from mu x mu and noisy labels."""
     weight = MU[:, None] * MU[None, :] if weight is None else weight  # (5, 5)
-    return lambda logp: (weight.flatten() * P.flatten() * pair_loss(
-        logp[I], logp[J], REF.log()[I], REF.log()[J])).sum()
+    return lambda logp: (
+        weight.flatten() * P.flatten() * pair_loss(logp[I], logp[J], REF.log()[I], REF.log()[J])
+    ).sum()
 
 
 def tv(p, q):
@@ -54,15 +62,20 @@ def tilted(reward, beta):
 def test_optimal_policy_of_the_kl_objective():
     """The numbers for pi* and beta log Z that everything below leans on."""
     best = tilted(R, BETA)
-    assert best.tolist() == pytest.approx([0.448517, 0.103125, 0.030350, 0.003742, 0.414265], abs=1e-6)
+    assert best.tolist() == pytest.approx(
+        [0.448517, 0.103125, 0.030350, 0.003742, 0.414265], abs=1e-6
+    )
     assert (BETA * (REF * (R / BETA).exp()).sum().log()).item() == pytest.approx(0.942758, abs=1e-6)
 
 
 @pytest.mark.parametrize("pairs", ["mu", "uniform", "chain"])
 def test_dpo_reaches_the_optimum_for_any_connected_pairs(pairs):
-    """DPO's minimiser is pi*, whatever pairs were compared, as long as they connect all responses."""
-    weight = {"mu": None, "uniform": torch.full((5, 5), 0.04, dtype=torch.float64),
-              "chain": (I - J).abs().eq(1).double().view(5, 5)}[pairs]
+    """DPO's minimiser is pi*, whatever pairs were compared, if they connect all responses."""
+    weight = {
+        "mu": None,
+        "uniform": torch.full((5, 5), 0.04, dtype=torch.float64),
+        "chain": (I - J).abs().eq(1).double().view(5, 5),
+    }[pairs]
     policy = minimise(expected(lambda *x: dpo_loss(*x, BETA), weight))
     assert tv(policy, tilted(R, BETA)) < 1e-6
 
@@ -74,16 +87,19 @@ def test_cdpo_has_its_own_targets():
 
 
 def test_ipo_optimum_depends_on_the_pairs():
-    """IPO's is ref exp(p(y > mu) / tau) / Z: bounded, and dependent on what it was compared with."""
+    """IPO's is ref exp(p(y > mu) / tau) / Z: it depends on what was compared with what."""
     policy = minimise(expected(lambda *x: ipo_loss(*x, 0.5)))
-    assert policy.tolist() == pytest.approx([0.468884, 0.236594, 0.152520, 0.058046, 0.083956], abs=1e-5)
+    assert policy.tolist() == pytest.approx(
+        [0.468884, 0.236594, 0.152520, 0.058046, 0.083956], abs=1e-5
+    )
     assert tv(policy, tilted(P @ MU, 0.5)) < 1e-6
 
 
 def test_rdpo_optimum_is_shorter():
-    """R-DPO's is pi* of r - alpha |y|: mean length 7.89 falls to 6.54. (The misprint gives 9.25.)"""
-    policy = minimise(expected(lambda w, l, rw, rl: rdpo_loss(
-        w, l, rw, rl, LENGTHS[I], LENGTHS[J], BETA, 0.05)))
+    """R-DPO's is pi* of r - alpha |y|: mean length 7.89 falls to 6.54 (the misprint: 9.25)."""
+    policy = minimise(
+        expected(lambda w, l, rw, rl: rdpo_loss(w, l, rw, rl, LENGTHS[I], LENGTHS[J], BETA, 0.05))
+    )
     assert tv(policy, tilted(R - 0.05 * LENGTHS, BETA)) < 1e-6
     assert (tilted(R, BETA) @ LENGTHS).item() == pytest.approx(7.89, abs=0.01)
     assert (policy @ LENGTHS).item() == pytest.approx(6.54, abs=0.01)
@@ -97,8 +113,10 @@ def test_kto_moves_mass_where_desirable_outweighs():
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for _ in range(3000):
         logp = logits.log_softmax(0)
-        good, bad = (kto_loss(logp, REF.log(), torch.full((5,), flag), torch.tensor(0.0), BETA)
-                     for flag in (True, False))
+        good, bad = (
+            kto_loss(logp, REF.log(), torch.full((5,), flag), torch.tensor(0.0), BETA)
+            for flag in (True, False)
+        )
         optimizer.zero_grad()
         (MU * (q * good + (1 - q) * bad)).sum().backward()
         optimizer.step()
@@ -111,11 +129,15 @@ def test_yardstick_finds_the_enumerated_optimum(policy):
     """J of the policy, and J* from the pool of samples, against sums over all five responses."""
     generator = torch.Generator().manual_seed(0)
     n = 20000
-    y = torch.cat([torch.multinomial(p, n, replacement=True, generator=generator) for p in (REF, policy)])
+    y = torch.cat(
+        [torch.multinomial(p, n, replacement=True, generator=generator) for p in (REF, policy)]
+    )
     numbers, ell = yardstick(R[y][None], policy.log()[y][None], REF.log()[y][None], BETA)
     exact = (policy * (R - BETA * (policy / REF).log())).sum().item()
     assert numbers["J/policy"] == pytest.approx(exact, abs=4 * numbers["J/policy_error"] + 1e-9)
-    assert numbers["J/optimum"] == pytest.approx(0.942758, abs=4 * numbers["J/optimum_error"] + 1e-9)
+    assert numbers["J/optimum"] == pytest.approx(
+        0.942758, abs=4 * numbers["J/optimum_error"] + 1e-9
+    )
     assert numbers["J/optimum_error"] < 0.01
     if tv(policy, tilted(R, BETA)) < 1e-9:  # at the optimum ell does not depend on the response
         assert ell.std().item() < 1e-9
@@ -128,8 +150,13 @@ def test_yardstick_standard_errors_are_honest():
     generator = torch.Generator().manual_seed(1)
     runs = []
     for _ in range(200):
-        y = torch.cat([torch.multinomial(p, 3 * 200, replacement=True, generator=generator).view(3, 200)
-                       for p in (REF, policy)], dim=1)  # (3 prompts, 2n)
+        y = torch.cat(
+            [
+                torch.multinomial(p, 3 * 200, replacement=True, generator=generator).view(3, 200)
+                for p in (REF, policy)
+            ],
+            dim=1,
+        )  # (3 prompts, 2n)
         runs.append(yardstick(R[y], policy.log()[y], REF.log()[y], BETA)[0])
     for value, error in (("J/policy", "J/policy_error"), ("J/optimum", "J/optimum_error")):
         spread = torch.tensor([run[value] for run in runs]).std().item()
@@ -138,7 +165,7 @@ def test_yardstick_standard_errors_are_honest():
 
 
 def test_yardstick_refuses_a_guess():
-    """Few effective samples: no optimum is quoted (samples of the reference alone do not reach it)."""
+    """Few effective samples: no optimum is quoted, it would rest on the luckiest of them."""
     rewards = torch.tensor([[0.0] * 63 + [40.0] + [0.0] * 64], dtype=torch.float64)
     logps = torch.full((1, 128), -3.0, dtype=torch.float64)
     numbers, _ = yardstick(rewards, logps, logps, 0.5)
