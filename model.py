@@ -47,7 +47,8 @@ class Tokenizer:
     """What the scripts need of a tokenizer: encode, encode_prompt, decode, save, bos_id, eos_id.
 
     GPT-2's kind (`vocab.json` and `merges.txt`, nothing added) runs on tiktoken, every other on
-    transformers. Text is text: `<|endoftext|>` written by a user never becomes a control token.
+    transformers. Text is text: `<|endoftext|>` written by a user never becomes a control token
+    (but for chat messages, whose template spells control tokens out: there it may).
     """
 
     def __init__(self, folder):
@@ -445,6 +446,7 @@ def split_by_prompt(rows, count, seed):
 def common_flags(parser, out, batch_size, lr_help):
     """Add the flags that every script has, with the same meaning."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.allow_abbrev = False  # a flag that is not spelled out may one day mean another
     parser.error = lambda message: fail(f"{message}; see --help")
     flag = parser.add_argument_group("common").add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -523,7 +525,7 @@ def load_state(folder, args):
         fail(f"--resume: {path} cannot be read ({type(error).__name__}); start without --resume")
     for key, value in state["args"].items():
         # A run that diverged may go on from its last good state with another learning rate.
-        if key not in ("resume", "device", "lr") and getattr(args, key, None) != value:
+        if key not in ("resume", "out", "device", "lr") and getattr(args, key, None) != value:
             fail(f"--resume: the run in {folder} was started with --{key} {value}, not "
                  f"{getattr(args, key, None)}; give the same flags, or another --out")
     return state

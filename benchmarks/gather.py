@@ -150,7 +150,8 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda")
-    parser.add_argument("--peers", nargs="*", help="which rows beside the first three (all of them)")
+    parser.add_argument("--peers", nargs="*",
+                        help="rows beside the first three; none named: none (without it: all)")
     parser.add_argument("--memory", help="only print the peak of this case, in MiB")
     args = parser.parse_args()
     found = cases()
@@ -170,7 +171,8 @@ def main():
             start = time.perf_counter()
             run(case, *inputs)
             seconds[name].append(time.perf_counter() - start)
-    flags = [f"--{key}={value}" for key, value in vars(args).items() if key not in ("peers", "memory")]
+    flags = [f"--{key}={value}" for key, value in vars(args).items()
+             if key not in ("peers", "memory")]
     peaks = {name: float(subprocess.check_output(
         [sys.executable, __file__, *flags, "--memory", name], text=True).split()[-1])
         for name in found}
