@@ -116,9 +116,11 @@ class GatherLogps(torch.autograd.Function):
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (N, D)
         target_logit = (h * weight[targets]).sum(1)  # (N,)
         logsumexp = torch.full_like(target_logit, -math.inf)  # (N,)
+        buffer = h.new_empty(len(h) * GatherLogps.COLUMNS)  # one for all chunks
         with torch.autocast(h.device.type, enabled=False):
             for w in weight.split(GatherLogps.COLUMNS):  # (C, D)
-                logits = h @ w.to(h.dtype).T  # (N, C)
+                logits = buffer[:len(h) * len(w)].view(len(h), len(w))  # (N, C)
+                torch.mm(h, w.to(h.dtype).T, out=logits)
                 top = logits.amax(1)  # (N,)
                 chunk = logits.sub_(top[:, None]).exp_().sum(1).log_() + top  # (N,), in place
                 logsumexp = torch.logaddexp(logsumexp, chunk)
@@ -132,10 +134,12 @@ class GatherLogps(torch.autograd.Function):
         # d logp / d logits = onehot(target) - softmax; the one-hot part needs no logits.
         grad_h = g * weight[targets]  # (N, D)
         grad_w = torch.empty_like(weight, dtype=h.dtype) if ctx.needs_input_grad[1] else None
+        buffer = h.new_empty(len(h) * GatherLogps.COLUMNS)
         for start in range(0, len(weight), GatherLogps.COLUMNS):
             columns = slice(start, start + GatherLogps.COLUMNS)
             w = weight[columns].to(h.dtype)  # (C, D)
-            softmax = (h @ w.T).sub_(logsumexp[:, None]).exp_().mul_(-g)  # (N, C), times -grad
+            softmax = buffer[:len(h) * len(w)].view(len(h), len(w))  # (N, C)
+            torch.mm(h, w.T, out=softmax).sub_(logsumexp[:, None]).exp_().mul_(-g)  # times -grad
             grad_h.addmm_(softmax, w)
             if grad_w is not None:
                 torch.mm(softmax.T, h, out=grad_w[columns])  # each slice is written once
@@ -436,7 +440,7 @@ def train(args):
     """Run the algorithm; returns final metrics; leaves model, log and samples in args.out."""
     # 1. The policy. Until its first step it is the reference too: no second model is loaded.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    autocast = settle(args, model, lr_small=5e-4, lr_lora=5e-6, lr=5e-7)
+    autocast = settle(args, model, lr_small=5e-4, lr=5e-7)
     state = load_state(args.out, args) if args.resume else {"step": 0, "reference": {}}
     kto = args.loss == "kto"
 
@@ -486,7 +490,8 @@ def train(args):
             reference[b] = [(logps(part, *scored)[0], logps(part, 1)[0] if kto else None)
                             for part in parts(batches[b])]
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     if args.resume:
         restore(state, model, optimizer)
 
@@ -562,7 +567,8 @@ def parse_args(argv=None):
     """The command line; --help shows every default."""
     parser = argparse.ArgumentParser(description="DPO, cDPO, IPO, R-DPO and KTO: see the docstring")
     common_flags(parser, out="runs/dpo", batch_size=32,
-                 lr_help="5e-4 below 10M parameters, else 5e-7, with LoRA 5e-6")
+                 lr_help="5e-4 below 10M parameters, else 5e-7; LoRA twice, "
+                 "or above 10M ten times that")
     flag = parser.add_argument_group("preferences").add_argument
     flag("--loss", default="dpo", choices=[*PAIR_LOSSES, "kto"],
          help="the objective; ipo_mean is ipo on means per token")

@@ -24,8 +24,6 @@ import torch
 from torch import nn
 
 TINY = Path(__file__).resolve().parent / "tiny"
-# GPT-2's rule for cutting text into pieces before the byte pairs are merged (Radford et al. 2019).
-GPT2_PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END = "<|endoftext|>"
 LORA_ALPHA = 16
 # What belongs to a saved model: everything else in a run's folder is left alone by `save_model`.
@@ -116,9 +114,11 @@ class Tokenizer:
         """Print which tokens of an example count in the loss (mask 1) and which do not (mask 0)."""
         for mask, ids in ((0, prompt), (1, response)):
             shown = ids[-most:] if mask == 0 else ids[:most]
-            pieces = "|".join(repr(self.decode([i]) or "<EOS>")[1:-1] for i in shown)
-            print(f"mask {mask}: {'...|' * (shown[0:1] != ids[0:1])}{pieces}"
-                  f"{'|...' * (shown[-1:] != ids[-1:])}  ({len(ids)} tokens)")
+            control = "<EOS>" if mask else "<BOS>"
+            pieces = "|".join(repr(self.decode([i]) or control)[1:-1] for i in shown)
+            more = len(ids) > most
+            print(f"mask {mask}: {'...|' * (more and not mask)}{pieces}{'|...' * (more and mask)}"
+                  f"  ({len(ids)} tokens)")
 
     def save(self, folder):
         """Write the files that make `AutoTokenizer.from_pretrained(folder)` this tokenizer."""
@@ -161,6 +161,7 @@ def _read_gpt2_tokenizer(folder):
     if not plain or END not in vocab or sorted(set(order)) != order or -1 in order:
         return None
     import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's rule for cutting text
 
     # vocab.json spells the byte b as a printable character: itself if printable, else 256, 257...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -168,7 +169,7 @@ def _read_gpt2_tokenizer(folder):
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
     eos = vocab.pop(END)
     ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
-    encoding = tiktoken.Encoding("gpt2-files", pat_str=GPT2_PIECES, mergeable_ranks=ranks,
+    encoding = tiktoken.Encoding("gpt2-files", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens={END: eos})
     return encoding, eos, eos, files
 
@@ -319,6 +320,7 @@ def save_model(model, tokenizer, folder):
 
 
 def _finish_save(folder):
+    """Complete a save that had counted already when it was cut off; else do nothing."""
     commit = Path(folder) / ".commit"
     if not commit.is_dir():
         return
@@ -489,10 +491,11 @@ def check_flags(args, zero_allowed=()):
             fail(f"--out {args.out}: {path} is a file, and a folder is needed")
 
 
-def settle(args, model, lr_small, lr_lora, lr):
+def settle(args, model, lr_small, lr):
     """Fill in the flags that depend on the model; returns the autocast context of --dtype."""
     small = sum(p.numel() for p in model.parameters()) < 1e7
-    args.lr = args.lr or (lr_small if small else lr_lora if args.lora_rank else lr)
+    if args.lr is None:  # adapters start at zero and want larger steps
+        args.lr = (lr_small if small else lr) * ((2 if small else 10) if args.lora_rank else 1)
     context = getattr(model.config, "max_position_embeddings", None) or 1024
     args.max_length = args.max_length or context
     if args.max_length > context:
@@ -617,6 +620,8 @@ def report(folder, before, after, samples):
         lines.append(f"{key:{width}} {cells[0]:>10} {cells[1]:>10}")
     print("\n" + "\n".join(lines) + "\n")
     texts = [f"prompt: {prompt}\nbefore: {old}\nafter : {new}\n" for prompt, old, new in samples]
+    # An untrained model writes any bytes; a terminal would obey some of them.
+    texts = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in t) for t in texts]
     print("\n".join(texts[:4]))
     folder = Path(folder)
     (folder / "samples.txt").write_text("\n".join([*lines, "", *texts]), encoding="utf-8")

@@ -65,9 +65,11 @@ class GatherLogps(torch.autograd.Function):
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (N, D)
         target_logit = (h * weight[targets]).sum(1)  # (N,)
         logsumexp = torch.full_like(target_logit, -math.inf)  # (N,)
+        buffer = h.new_empty(len(h) * GatherLogps.COLUMNS)  # one for all chunks
         with torch.autocast(h.device.type, enabled=False):
             for w in weight.split(GatherLogps.COLUMNS):  # (C, D)
-                logits = h @ w.to(h.dtype).T  # (N, C)
+                logits = buffer[:len(h) * len(w)].view(len(h), len(w))  # (N, C)
+                torch.mm(h, w.to(h.dtype).T, out=logits)
                 top = logits.amax(1)  # (N,)
                 chunk = logits.sub_(top[:, None]).exp_().sum(1).log_() + top  # (N,), in place
                 logsumexp = torch.logaddexp(logsumexp, chunk)
@@ -81,10 +83,12 @@ class GatherLogps(torch.autograd.Function):
         # d logp / d logits = onehot(target) - softmax; the one-hot part needs no logits.
         grad_h = g * weight[targets]  # (N, D)
         grad_w = torch.empty_like(weight, dtype=h.dtype) if ctx.needs_input_grad[1] else None
+        buffer = h.new_empty(len(h) * GatherLogps.COLUMNS)
         for start in range(0, len(weight), GatherLogps.COLUMNS):
             columns = slice(start, start + GatherLogps.COLUMNS)
             w = weight[columns].to(h.dtype)  # (C, D)
-            softmax = (h @ w.T).sub_(logsumexp[:, None]).exp_().mul_(-g)  # (N, C), times -grad
+            softmax = buffer[:len(h) * len(w)].view(len(h), len(w))  # (N, C)
+            torch.mm(h, w.T, out=softmax).sub_(logsumexp[:, None]).exp_().mul_(-g)  # times -grad
             grad_h.addmm_(softmax, w)
             if grad_w is not None:
                 torch.mm(softmax.T, h, out=grad_w[columns])  # each slice is written once
@@ -390,8 +394,7 @@ def train(args):
         model, tokenizer = toy_new_model(rows, args.device)
     else:
         model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    autocast = settle(args, model, lr_small=3e-3 if args.task == "pretrain" else 1e-3,
-                      lr_lora=2e-4, lr=1e-5)
+    autocast = settle(args, model, lr_small=3e-3 if args.task == "pretrain" else 1e-3, lr=1e-5)
     state = load_state(args.out, args) if args.resume else {"step": 0}
 
     # 2. Text to token ids. What does not fit is counted, and never changed silently.
@@ -417,7 +420,8 @@ def train(args):
     shown = fits[:8] if args.data else fits
     before = state.get("before") or evaluate(model, tokenizer, test, shown, args, autocast)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     if args.resume:
         restore(state, model, optimizer)
 
@@ -468,7 +472,8 @@ def parse_args(argv=None):
     """The command line; --help shows every default."""
     parser = argparse.ArgumentParser(description="Supervised fine-tuning: see the docstring")
     common_flags(parser, out="runs/sft", batch_size=32,
-                 lr_help="1e-3 below 10M parameters, else 1e-5, with LoRA 2e-4; pretrain 3e-3")
+                 lr_help="1e-3 below 10M parameters, 3e-3 for pretrain, else 1e-5; LoRA twice, "
+                 "or above 10M ten times that")
     flag = parser.add_argument_group("demonstrations").add_argument
     flag("--task", default="summarization", choices=["summarization", "sentiment", "pretrain"],
          help="the toy task; pretrain makes a new model that knows both, badly on purpose")

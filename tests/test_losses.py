@@ -152,7 +152,7 @@ def test_every_loss_choice_changes_the_number():
 
 
 def test_sum_or_mean_of_logps():
-    """Doubling every token doubles DPO's margin, not that of IPO on means (huggingface/trl#1265)."""
+    """Doubling every token doubles DPO's margin, not IPO's on means (huggingface/trl#1265)."""
     from dpo import parse_args
 
     args = parse_args(["--tau", "0.25"])
