@@ -270,7 +270,7 @@ def interrupted(script, folder, flags):
     """Leave in the folder the state.pt of a run with these flags that was stopped at step 1."""
     args = SCRIPTS[script].parse_args([*flags, "--out", str(folder)])
     policy, _ = model.load_model(args.model)
-    model.settle(args, policy, lr_small=1e-3, lr_lora=1e-3, lr=1e-3)
+    model.settle(args, policy, lr_small=1e-3, lr=1e-3)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     folder.mkdir(exist_ok=True)
     model.save_state(folder, args, policy, optimizer, step=1, reference={})

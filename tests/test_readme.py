@@ -11,7 +11,8 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCSTRINGS = "".join((ROOT / f"{name}.py").read_text() for name in ("sft", "dpo"))
 COMMANDS = sorted({match.split("  #")[0].split("&&")[-1].strip() for match in re.findall(
-    r"(?:^| |`)(python (?:sft|dpo)\.py[^`\n|]*)", README + DOCSTRINGS, re.M)})
+    r"(?:^| |`)(python (?:sft|dpo)\.py[^`\n|]*)", README + DOCSTRINGS, re.M)
+    if "--help" not in match})
 
 
 def shortened(command, tmp_path):

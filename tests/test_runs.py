@@ -31,18 +31,16 @@ def log(folder):
 def test_dpo_improves_the_true_reward(tmp_path):
     """40 steps from tiny: the true reward rises by half a word, the text stays grammatical, and the
     run leaves what the README promises, loadable by plain transformers."""
-    after = dpo.main(
-        ["--pairs", "1280", "--samples", "64", "--out", str(tmp_path), "--device", "cpu"]
-    )
+    after = dpo.main(["--pairs", "1280", "--samples", "64", "--out", str(tmp_path),
+                      "--device", "cpu"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert after["samples/true_reward"] > results["before"]["samples/true_reward"] + 0.5
     assert after["samples/grammatical"] > 0.9 and after["rewards/accuracy"] > 0.6
     assert after["J/policy"] > after["J/reference"] + 0.3 and after["kl/policy_reference"] > 0
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(
-        tmp_path
-    ), AutoTokenizer.from_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer("I saw the film.", return_tensors="pt").input_ids
     mine, _ = hub.load_model(tmp_path)
     assert torch.allclose(plain.eval()(ids).logits, mine(ids).logits, atol=1e-4)
@@ -54,24 +52,10 @@ def test_dpo_improves_the_true_reward(tmp_path):
 
 @pytest.mark.parametrize("loss", ["ipo", "ipo_mean", "rdpo", "kto"])
 def test_relatives_widen_the_margin(tmp_path, loss):
-    """Each relative, ten steps: held-out margin above zero."""
-    after = dpo.main(
-        [
-            "--loss",
-            loss,
-            "--pairs",
-            "320",
-            "--samples",
-            "4",
-            "--out",
-            str(tmp_path),
-            "--device",
-            "cpu",
-            "--tau",
-            "0.5",
-        ]
-    )
-    assert after["rewards/margin"] > 0
+    """Each relative, 30 steps: on held-out pairs the margin grows and most are ranked right."""
+    after = dpo.main(["--loss", loss, "--out", str(tmp_path),
+                      *"--pairs 960 --samples 4 --lr 1e-3 --tau 0.5 --device cpu".split()])
+    assert after["rewards/margin"] > 0.05 and after["rewards/accuracy"] > 0.55
 
 
 def test_sft_learns_to_summarise(tmp_path):
@@ -96,10 +80,7 @@ def test_first_step_starts_at_log_two(tmp_path):
 def test_dropout_in_the_config_does_not_show(tmp_path):
     """A config with dropout 0.1, as GPT-2's, still starts at log 2: 0.79 was seen with it on."""
     config = json.loads((hub.TINY / "config.json").read_text()) | {
-        "resid_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-    }
+        "resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1}
     folder = tmp_path / "model"
     folder.mkdir()
     for path in hub.TINY.iterdir():
@@ -121,9 +102,8 @@ def test_reference_stays_and_policy_moves(tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "evaluate", spy)
     dpo.main([*SHORT, "--out", str(tmp_path)])
     start, _ = hub.load_model("tiny")
-    for old, reference, policy in zip(
-        *(m.parameters() for m in (start, seen["reference"], seen["policy"])), strict=True
-    ):
+    for old, reference, policy in zip(*(m.parameters() for m in (
+            start, seen["reference"], seen["policy"])), strict=True):
         assert torch.equal(old, reference) and reference.data_ptr() != policy.data_ptr()
     assert not torch.equal(start.lm_head.weight, seen["policy"].lm_head.weight)
 
@@ -146,9 +126,8 @@ def test_cached_reference_is_the_live_reference(tmp_path):
 
     random.Random(0).shuffle(examples)
     batch = examples[:16]
-    live = dpo.response_logps(
-        model, dpo.collate([e[0] for e in batch] + [e[1] for e in batch], "cpu")
-    )[0]
+    sequences = [e[0] for e in batch] + [e[1] for e in batch]
+    live = dpo.response_logps(model, dpo.collate(sequences, "cpu"))[0]
     assert torch.allclose(reference[0][0][0], live, atol=1e-6)
 
 
@@ -156,18 +135,8 @@ def test_same_seed_same_weights(tmp_path):
     """Two runs with one seed leave the same file, another seed leaves another."""
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         dpo.main([*SHORT, "--seed", seed, "--out", str(tmp_path / out)])
-        sft.main(
-            [
-                "--examples",
-                "128",
-                "--seed",
-                seed,
-                "--out",
-                str(tmp_path / f"sft-{out}"),
-                "--device",
-                "cpu",
-            ]
-        )
+        sft.main(["--examples", "128", "--seed", seed, "--out", str(tmp_path / f"sft-{out}"),
+                  "--device", "cpu"])
     for kind in ("", "sft-"):
         a, b, c = (digest(tmp_path / f"{kind}{out}") for out in "abc")
         assert a == b != c
@@ -176,12 +145,8 @@ def test_same_seed_same_weights(tmp_path):
 @pytest.mark.parametrize("script", [dpo, sft])
 def test_accumulation_changes_nothing(tmp_path, script, monkeypatch):
     """A batch of 8 at once, or in four parts, with unequal lengths: the same gradient and the same
-    logged loss (huggingface/transformers#34191: the mean of micro-batch means is off by a factor).
-    """
-    flags = {
-        dpo: SHORT,
-        sft: ["--examples", "96", "--batch_size", "8", "--steps", "6", "--device", "cpu"],
-    }
+    logged loss (huggingface/transformers#34191: a mean of micro-batch means is off)."""
+    flags = {dpo: SHORT, sft: "--examples 96 --batch_size 8 --steps 6 --device cpu".split()}
     losses, norms = [], []
     for accumulate in ("1", "3"):
         out = tmp_path / accumulate
@@ -195,17 +160,8 @@ def test_accumulation_changes_nothing(tmp_path, script, monkeypatch):
 def test_kto_accumulation_changes_nothing(tmp_path):
     """KTO's reference point is that of the whole batch, however it is split."""
     for accumulate in ("1", "4"):
-        dpo.main(
-            [
-                *SHORT,
-                "--loss",
-                "kto",
-                "--accumulate",
-                accumulate,
-                "--out",
-                str(tmp_path / accumulate),
-            ]
-        )
+        dpo.main([*SHORT, "--loss", "kto", "--accumulate", accumulate,
+                  "--out", str(tmp_path / accumulate)])
     for one, four in zip(log(tmp_path / "1"), log(tmp_path / "4"), strict=True):
         assert one["kl/mismatched"] == pytest.approx(four["kl/mismatched"], abs=1e-4)
         assert one["loss"] == pytest.approx(four["loss"], rel=1e-4)
@@ -214,34 +170,16 @@ def test_kto_accumulation_changes_nothing(tmp_path):
 def test_last_batch_is_a_step_of_its_own(tmp_path):
     """Five examples in batches of two: three steps, the last over one example, and the schedule
     counts them as steps (natolambert/rlhf-book PR #354)."""
-    sft.main(
-        [
-            "--examples",
-            "5",
-            "--batch_size",
-            "2",
-            "--accumulate",
-            "2",
-            "--out",
-            str(tmp_path),
-            "--device",
-            "cpu",
-        ]
-    )
+    sft.main(["--examples", "5", "--batch_size", "2", "--accumulate", "2", "--out", str(tmp_path),
+              "--device", "cpu"])
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3 * x for x in (1, 2 / 3, 1 / 3)])
 
 
-@pytest.mark.parametrize(
-    "script, extra",
-    [
-        (dpo, SHORT),
-        (dpo, [*SHORT, "--loss", "kto"]),
-        (dpo, [*SHORT, "--lora_rank", "2"]),
-        (sft, ["--examples", "64", "--batch_size", "8", "--steps", "6", "--device", "cpu"]),
-    ],
-)
+@pytest.mark.parametrize("script, extra", [
+    (dpo, SHORT), (dpo, [*SHORT, "--loss", "kto"]), (dpo, [*SHORT, "--lora_rank", "2"]),
+    (sft, ["--examples", "64", "--batch_size", "8", "--steps", "6", "--device", "cpu"])])
 def test_resumed_equals_uninterrupted(tmp_path, script, extra, monkeypatch, capsys):
     """Ctrl-C after three steps and --resume: the same bits, weights and metrics, as without
     (pytorch/rl#4188, NVIDIA-NeMo/RL#3171)."""
@@ -270,27 +208,13 @@ def test_resumed_equals_uninterrupted(tmp_path, script, extra, monkeypatch, caps
 def test_ctrl_c_from_a_terminal(tmp_path):
     """The real signal to the real program: exit code 130, no traceback, a line that says how to go
     on, and a state to go on from."""
-    command = [
-        sys.executable,
-        "dpo.py",
-        "--pairs",
-        "2048",
-        "--batch_size",
-        "4",
-        "--samples",
-        "4",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+    command = [sys.executable, "dpo.py", "--pairs", "2048", "--batch_size", "4", "--samples", "4",
+               "--device", "cpu", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL)
     for _ in range(600):
-        if (tmp_path / "metrics.jsonl").exists() and len(
-            log_lines := (tmp_path / "metrics.jsonl").read_text().splitlines()
-        ) > 3:
+        if (tmp_path / "metrics.jsonl").exists() and len(log_lines := (
+                tmp_path / "metrics.jsonl").read_text().splitlines()) > 3:
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -304,20 +228,8 @@ def test_ctrl_c_from_a_terminal(tmp_path):
 def test_fresh_run_replaces_an_old_one(tmp_path):
     """A second run into the same folder starts its own metrics."""
     for steps in ("4", "2"):
-        sft.main(
-            [
-                "--examples",
-                "64",
-                "--batch_size",
-                "8",
-                "--steps",
-                steps,
-                "--out",
-                str(tmp_path),
-                "--device",
-                "cpu",
-            ]
-        )
+        sft.main(["--examples", "64", "--batch_size", "8", "--steps", steps, "--out", str(tmp_path),
+                  "--device", "cpu"])
     assert len(log(tmp_path)) == 2
 
 
@@ -347,64 +259,24 @@ def test_own_data_and_random_gpt2_config(tmp_path):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).write_bytes((hub.TINY / name).read_bytes())
     GPT2Config.from_pretrained(hub.TINY, n_layer=1).save_pretrained(folder)
-    rows = [
-        {"prompt": f"Question {i}?", "chosen": f" Yes, {i}.", "rejected": " No way."}
-        for i in range(12)
-    ]
+    rows = [{"prompt": f"Question {i}?", "chosen": f" Yes, {i}.", "rejected": " No way."}
+            for i in range(12)]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    after = dpo.main(
-        [
-            "--data",
-            str(data),
-            "--model",
-            str(folder),
-            "--out",
-            str(tmp_path / "out"),
-            "--epochs",
-            "8",
-            "--batch_size",
-            "4",
-            "--max_new_tokens",
-            "8",
-            "--device",
-            "cpu",
-        ]
-    )
+    after = dpo.main(["--data", str(data), "--model", str(folder), "--out", str(tmp_path / "out"),
+                      *"--epochs 8 --batch_size 4 --max_new_tokens 8 --device cpu".split()])
     assert after["rewards/accuracy"] == 1.0 and "samples/true_reward" not in after
     assert len(log(tmp_path / "out")) == 24
 
 
 def test_labelled_rows_for_kto(tmp_path):
     """{"prompt", "completion", "label"}: good answers gain on bad ones."""
-    rows = [
-        {
-            "prompt": f"Question {i}?",
-            "completion": " Yes." if i % 3 else " No.",
-            "label": bool(i % 3),
-        }
-        for i in range(60)
-    ]
+    rows = [{"prompt": f"Question {i}?", "completion": " Yes." if i % 3 else " No.",
+             "label": bool(i % 3)} for i in range(60)]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    after = dpo.main(
-        [
-            "--data",
-            str(data),
-            "--loss",
-            "kto",
-            "--out",
-            str(tmp_path / "out"),
-            "--epochs",
-            "4",
-            "--batch_size",
-            "8",
-            "--max_new_tokens",
-            "8",
-            "--device",
-            "cpu",
-        ]
-    )
+    after = dpo.main(["--data", str(data), "--loss", "kto", "--out", str(tmp_path / "out"),
+                      *"--epochs 4 --batch_size 8 --max_new_tokens 8 --device cpu".split()])
     assert after["rewards/margin"] > 0.05 and "rewards/accuracy" not in after
 
 
@@ -412,46 +284,19 @@ def test_beta_holds_the_policy_back(tmp_path):
     """A higher beta ends nearer to the reference (one lecture says both that and the opposite)."""
     kl = []
     for beta in ("0.2", "5.0"):
-        kl.append(
-            dpo.main(
-                [
-                    "--pairs",
-                    "640",
-                    "--beta",
-                    beta,
-                    "--samples",
-                    "32",
-                    "--device",
-                    "cpu",
-                    "--out",
-                    str(tmp_path),
-                ]
-            )["kl/policy_reference"]
-        )
+        kl.append(dpo.main(["--pairs", "640", "--beta", beta, "--samples", "32", "--device", "cpu",
+                            "--out", str(tmp_path)])["kl/policy_reference"])
     assert kl[0] > 1.5 * kl[1]
 
 
 def test_pretraining_is_deterministic(tmp_path):
     """The command that made tiny/, cut short: two runs, the same tokenizer and the same weights."""
     for out in "ab":
-        sft.main(
-            [
-                "--task",
-                "pretrain",
-                "--examples",
-                "640",
-                "--steps",
-                "3",
-                "--out",
-                str(tmp_path / out),
-                "--device",
-                "cpu",
-            ]
-        )
+        sft.main(["--task", "pretrain", "--examples", "640", "--steps", "3", "--device", "cpu",
+                  "--out", str(tmp_path / out)])
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
-    assert (tmp_path / "a" / "merges.txt").read_bytes() == (
-        tmp_path / "b" / "merges.txt"
-    ).read_bytes()
+    merges = [(tmp_path / out / "merges.txt").read_bytes() for out in "ab"]
+    assert merges[0] == merges[1]
     assert (tmp_path / "a" / "vocab.json").stat().st_size > 5000
 
 
