@@ -13,7 +13,6 @@ from dpo import (
     response_logps,
     sample,
     score,
-    token_logps,
     toy_pairs,
     toy_prompts,
 )
