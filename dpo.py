@@ -421,6 +421,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args, autocast):
             column["samples/grammatical"] = sum(map(toy_grammatical, reviews)) / len(reviews)
         rewards = by_prompt(torch.tensor([toy_reward(t) for column in texts for t in column]))
         numbers, ell = yardstick(rewards, new, old, args.beta)  # ell (P, 2n)
+        # Before training log pi/pi_ref is 0, so ell was the reward itself.
         ell = {"before": rewards[:, :n], "after": ell[:, n:]}
         after |= numbers
     samples = [(prompts[i // n], texts[0][i], texts[1][i]) for i in range(0, P * n, -(-n // 2))]

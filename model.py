@@ -1,6 +1,6 @@
-"""Load and save: models, tokenizers, LoRA adapters, and the state of a run.
+"""Load and save: models, tokenizers, LoRA adapters, data files, the state and report of a run.
 
-The one file that all scripts share, and nothing in it is an algorithm:
+The one file that all scripts share, with the flags that they share; nothing in it is an algorithm:
 
     model, tokenizer = load_model("tiny")            # or a folder, or a hub id such as "gpt2"
     ids = tokenizer.encode_prompt("I saw the film.") # BOS or chat template included
