@@ -424,7 +424,8 @@ def evaluate(policy, reference, tokenizer, test, prompts, args, autocast):
         # Before training log pi/pi_ref is 0, so ell was the reward itself.
         ell = {"before": rewards[:, :n], "after": ell[:, n:]}
         after |= numbers
-    samples = [(prompts[i // n], texts[0][i], texts[1][i]) for i in range(0, P * n, -(-n // 2))]
+    samples = [{"prompt": prompts[i // n], "before": texts[0][i], "after": texts[1][i]}
+               for i in range(0, P * n, math.ceil(n / 2))]  # two of each prompt
     return before, after, samples, ell
 
 
@@ -556,7 +557,7 @@ def train(args):
     del optimizer
     first, _ = load_model(args.model, device=args.device)
     before, after, samples, ell = evaluate(model, first, tokenizer, test, prompts, args, autocast)
-    report(args.out, before, after, samples)
+    report(args.out, {"before": before, "after": after}, samples)
     plot(args.out, [["loss"], ["rewards/chosen", "rewards/rejected", "rewards/margin"],
                     ["logps/chosen", "logps/rejected"]], "r - beta log pi/pi_ref", ell)
     save_model(model, tokenizer, args.out)

@@ -206,7 +206,9 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
         if head == "lm" and "SequenceClassification" in str(config.architectures):
             fail(f"{name}: a reward model, where a language model is needed")
         if head == "reward":
-            config.num_labels, config.pad_token_id = 1, tokenizer.eos_id
+            config.num_labels = 1
+            if config.pad_token_id is None:  # without one, transformers scores one text at a time
+                config.pad_token_id = tokenizer.eos_id
         # Dropout would make two passes of one model differ, and so every ratio of theirs.
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
@@ -221,8 +223,8 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
                 model, info = auto.from_pretrained(
                     folder, config=config, dtype=dtype, local_files_only=True,
                     use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-                missing = sorted(key for key in info["missing_keys"]
-                                 if head == "lm" or "score" not in key)
+                new = info["missing_keys"]
+                missing = sorted(key for key in new if head == "lm" or "score" not in key)
                 if missing:
                     fail(f"{name}: the weights lack {missing[0]} and {len(missing) - 1} more")
             elif any(folder.glob("*.bin")) or folder not in (TINY, Path(name)):
@@ -230,7 +232,7 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
                      "loaded, so convert them (save_pretrained of transformers does)")
             else:
                 print(f"warning: {name} holds no weights, so they are random", file=sys.stderr)
-                model = auto.from_config(config, dtype=dtype)
+                model, new = auto.from_config(config, dtype=dtype), {"score.weight"}
     except SystemExit:
         raise
     except Exception as error:  # transformers and safetensors raise a dozen kinds for a bad folder
@@ -245,6 +247,12 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
         fail(f"--device {device}: {error}")
     if head == "lm":
         _check_head(model, name)
+    elif not isinstance(getattr(model, "score", None), nn.Linear):
+        fail(f"{name}: {type(model).__name__} has no linear head called score; it is not supported")
+    elif "score.weight" in new:  # a new head: N(0, 1/(d + 1)), as Stiennon et al. 2020
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if lora_rank:
         with torch.random.fork_rng():  # the same adapters each time, as for new weights
             torch.manual_seed(0)
@@ -396,12 +404,12 @@ def merged_state_dict(model):
 # ------------------------------------------------------------------- data files, bad input told
 
 
-def read_jsonl(path):
+def read_jsonl(path, flag="--data"):
     """[("file:line", object)] of a JSON Lines file; ends with one line where it is no such file."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"--data {path}: cannot be read ({error}); give a UTF-8 file of JSON lines")
+        fail(f"{flag} {path}: cannot be read ({error}); give a UTF-8 file of JSON lines")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -412,7 +420,7 @@ def read_jsonl(path):
         except (ValueError, TypeError, RecursionError) as error:
             fail(f"{path}:{number}: not a JSON object ({error}); write one object on each line")
     if not rows:
-        fail(f"--data {path}: no rows in this file")
+        fail(f"{flag} {path}: no rows in this file")
     return rows
 
 
@@ -466,7 +474,7 @@ def common_flags(parser, out, batch_size, lr_help):
          "weights")
     flag("--max_length", type=int, help="tokens of prompt and response together; longer responses "
          "are cut (derived: the model's context)")
-    flag("--max_new_tokens", type=int, default=64, help="longest sample of the evaluation")
+    flag("--max_new_tokens", type=int, default=64, help="longest sample, in tokens")
     flag("--held_out", type=int, default=16, help="prompts of --data kept for the evaluation")
     flag("--save_every", type=int, default=100, help="steps between saved states, for --resume")
     flag("--seed", type=int, default=0, help="the same seed gives the same result")
@@ -475,12 +483,15 @@ def common_flags(parser, out, batch_size, lr_help):
          help="of the arithmetic; weights stay float32 (auto: bfloat16 on cuda)")
 
 
-def check_flags(args, zero_allowed=()):
+def check_flags(args, zero_allowed=(), any_allowed=()):
     """End with one line if a number is out of range: above 0, or not below where 0 is allowed."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed":
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{name} {value}: must be a number")
+        if (isinstance(value, (int, float)) and not isinstance(value, bool)
+                and name not in ("seed", *any_allowed)):
             zero = name in ("lora_rank", *zero_allowed)
-            if not (value > 0 or zero and value == 0) or math.isinf(value):
+            if not (value > 0 or zero and value == 0):
                 fail(f"--{name} {value}: must be a number {'not below' if zero else 'above'} 0")
             if value > 1e38:
                 fail(f"--{name} {value}: too large for float32")
@@ -546,18 +557,23 @@ def restore(state, model, optimizer):
         torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
-def checkpoint(args, step, health, pressed, model, optimizer, **rest):
-    """Called before each update: stop if loss or gradient are no numbers; save when it is time to.
-
-    health: any number made of the loss and the gradient norm; pressed: what `deferred_interrupt`
-    gives. Saving before an update keeps only weights that are known to give a finite loss.
-    """
+def check_finite(args, step, health):
+    """End with one line if a number made of the loss and the gradient norm is none."""
     if not math.isfinite(health):
         how = f"start again with --lr {args.lr / 10:g}"
         if (Path(args.out) / "state.pt").exists():
             how = f"--resume --lr {args.lr / 10:g} goes on from the last good state, in {args.out}"
         fail(f"step {step + 1}: the loss or its gradient is {health}, most likely because --lr "
              f"{args.lr:g} is too high; {how}")
+
+
+def checkpoint(args, step, health, pressed, model, optimizer, **rest):
+    """Called before each update: stop if loss or gradient are no numbers; save when it is time to.
+
+    health: any number made of the loss and the gradient norm; pressed: what `deferred_interrupt`
+    gives. Saving before an update keeps only weights that are known to give a finite loss.
+    """
+    check_finite(args, step, health)
     if pressed or (step and step % args.save_every == 0):
         save_state(args.out, args, model, optimizer, step=step, **rest)
     if pressed:
@@ -611,45 +627,61 @@ def open_log(folder, args, done=0):
     return path.open("a", buffering=1)  # line by line, so that a kill loses nothing
 
 
-def report(folder, before, after, samples):
-    """Print the before/after table and some samples; write samples.txt and results.json."""
-    width = max(map(len, after))
-    lines = [f"{'':{width}} {'before':>10} {'after':>10}"]
-    for key, value in after.items():
-        cells = ["" if v is None else f"{v:.3f}" for v in (before.get(key), value)]
-        lines.append(f"{key:{width}} {cells[0]:>10} {cells[1]:>10}")
+def report(folder, columns, samples):
+    """Print a table and some samples; write samples.txt and results.json.
+
+    columns: {"before": metrics, "after": metrics}, say: a row for each metric of the last one.
+    samples: a list of {"prompt": text, "before": text, "after": text}, or whatever names fit.
+    """
+    names = list(columns)
+    keys = list(columns[names[-1]])
+    width = max(map(len, keys))
+    lines = [f"{'':{width}} " + " ".join(f"{name:>10}" for name in names)]
+    for key in keys:
+        values = [columns[name].get(key) for name in names]
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"{key:{width}} " + " ".join(f"{cell:>10}" for cell in cells))
     print("\n" + "\n".join(lines) + "\n")
-    texts = [f"prompt: {prompt}\nbefore: {old}\nafter : {new}\n" for prompt, old, new in samples]
+    texts = []
+    for sample in samples:
+        width = max(map(len, sample))
+        texts.append("".join(f"{name:{width}}: {text}\n" for name, text in sample.items()))
     # An untrained model writes any bytes; a terminal would obey some of them.
     texts = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in t) for t in texts]
     print("\n".join(texts[:4]))
     folder = Path(folder)
     (folder / "samples.txt").write_text("\n".join([*lines, "", *texts]), encoding="utf-8")
-    results = json.dumps({"before": before, "after": after}, indent=2)
-    (folder / "results.json").write_text(results + "\n")
-    print(f"the model, metrics.jsonl, curves.png, samples.txt and results.json are in {folder}")
+    (folder / "results.json").write_text(json.dumps(columns, indent=2) + "\n")
+    print(f"metrics.jsonl, curves.png, samples.txt and results.json are in {folder}")
 
 
-def plot(folder, panels, title="", histograms=None):
-    """Draw curves.png: a panel for each list of names in metrics.jsonl, and one of histograms."""
+def plot(folder, panels, title="", histograms=None, points=None):
+    """Draw curves.png: a panel for each list of names in metrics.jsonl, and perhaps one more.
+
+    histograms: {label: values}; points: {label: (x, y)}; title: what is on the x axis of these.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, len(panels) + bool(histograms), squeeze=False,
-                                figsize=(4 * (len(panels) + bool(histograms)), 3.2))
+    extra = histograms or points
+    figure, axes = plt.subplots(1, len(panels) + bool(extra), squeeze=False,
+                                figsize=(4 * (len(panels) + bool(extra)), 3.2))
     for axis, names in zip(axes[0], panels):
         for name in names:
             axis.plot([row["step"] for row in log], [row.get(name, math.nan) for row in log],
                       label=name, lw=1)
         axis.set_xlabel("step")
-        axis.legend(fontsize=8)
     for label, values in (histograms or {}).items():
         axes[0][-1].hist(values.flatten(), bins=40, density=True, alpha=0.6, label=label)
+    for label, (x, y) in (points or {}).items():
+        axes[0][-1].plot(x, y, marker="o", ms=4, lw=1, label=label)
+    if extra:
         axes[0][-1].set_xlabel(title)
-        axes[0][-1].legend(fontsize=8)
+    for axis in axes[0]:
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     plt.close(figure)

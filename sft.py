@@ -460,8 +460,9 @@ def train(args):
     before, old_texts = before
     if not args.data:
         before, after = before | toy_baselines(held_out), after | toy_baselines(held_out)
-    samples = [(row["prompt"], old, new) for row, old, new in zip(shown, old_texts, texts)]
-    report(args.out, before, after, samples)
+    samples = [{"prompt": row["prompt"], "before": old, "after": new}
+               for row, old, new in zip(shown, old_texts, texts)]
+    report(args.out, {"before": before, "after": after}, samples)
     plot(args.out, [["loss"], ["grad_norm"], ["lr"]])
     save_model(model, tokenizer, args.out)
     (Path(args.out) / "state.pt").unlink()  # this run is complete
