@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check_flags, checkpoint, common_flags, deferred_interrupt, fail, get_text,
-                   load_model, load_state, open_log, plot, read_jsonl, report, restore, save_model,
-                   save_state, settle, split_by_prompt, stopped)
+from model import (check_finite, check_flags, checkpoint, common_flags, deferred_interrupt, fail,
+                   get_text, load_model, load_state, open_log, plot, read_jsonl, report, restore,
+                   save_model, save_state, settle, split_by_prompt, stopped)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -455,12 +455,14 @@ def train(args):
         prompts = list(fits.values())[:8]
     else:
         rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
-        held_out = toy_pairs(model, tokenizer, 256, args.seed, held_out=True)
+        held_out = toy_pairs(model, tokenizer, max(32, args.pairs // 16), args.seed,
+                             held_out=True)
         prompts = toy_prompts(held_out=True)[:8]
     examples, lost = encode_preferences(tokenizer, rows, args.max_length)
     test, _ = encode_preferences(tokenizer, held_out, args.max_length)
     if not examples or not test:
-        fail(f"--max_length {args.max_length}: no row of {args.data} fits; give a larger one")
+        fail(f"--max_length {args.max_length}: no row of {args.data or 'the toy'} fits; "
+             "give a larger one")
     print(f"{len(examples)} preferences, {len(test)} held out. {lost['dropped']} dropped (no room "
           f"behind the prompt), {lost['identical']} identical, {lost['cut']} responses cut")
     tokenizer.show(*examples[0][0])
@@ -551,6 +553,8 @@ def train(args):
                 row["rewards/accuracy"] = float((rewards[good] > rewards[~good]).float().mean())
             log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}", margin=f"{margin:.2f}")
+        if steps > state["step"]:  # the last update too must leave weights that give numbers
+            check_finite(args, steps - 1, float(score(model, [batch[0][0][0]], autocast).sum()))
         save_state(args.out, args, model, optimizer, step=steps, reference=reference)
 
     # 9. Compare with the reference, loaded again now that the optimizer's memory is free.
@@ -587,6 +591,8 @@ def parse_args(argv=None):
     args.beta = (0.1 if args.data else 0.5) if args.beta is None else args.beta
     args.samples = (4 if args.data else 128) if args.samples is None else args.samples
     check_flags(args, zero_allowed=("label_smoothing", "alpha"))
+    if args.samples < 2:
+        fail(f"--samples {args.samples}: at least 2 are needed for a standard error")
     if args.label_smoothing >= 0.5:
         fail(f"--label_smoothing {args.label_smoothing}: half of the labels wrong teaches nothing")
     return args

@@ -206,6 +206,8 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
         if head == "lm" and "SequenceClassification" in str(config.architectures):
             fail(f"{name}: a reward model, where a language model is needed")
         if head == "reward":
+            if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
+                fail(f"{name}: a classifier of {config.num_labels} labels; a reward model has one")
             config.num_labels = 1
             if config.pad_token_id is None:  # without one, transformers scores one text at a time
                 config.pad_token_id = tokenizer.eos_id
@@ -275,7 +277,7 @@ def _find(name):
                                       allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model",
                                                       "*.jinja"]))
     except Exception as error:  # no network, no such repository, not a valid id, a private one
-        fail(f"--model {name}: no folder of that name here, and the Hugging Face hub gave nothing "
+        fail(f"{name}: no folder of that name here, and the Hugging Face hub gave nothing "
              f"({type(error).__name__}); check the spelling, or give a folder, or go online once")
 
 

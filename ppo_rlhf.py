@@ -19,7 +19,8 @@ Where this departs from the papers and OpenAI's code, and why:
  1. The value network has weights of its own, as in InstructGPT; the weight 0.1 of the value loss,
     which balances what is shared, is gone. Its new head starts at 0 unless it is a reward model's.
  2. Responses end where EOS is sampled, instead of being sampled on to a fixed length and cut there.
-    The score stands on EOS itself (TRL puts it on the slot behind, which adds a step to GAE).
+    The score stands on EOS itself (TRL puts it on the slot behind, which adds a step to GAE). One
+    that does not end scores --missing_eos_score, as in OpenAI's code (TRL subtracts a penalty).
  3. Advantages are whitened over the rollout (OpenAI: over each minibatch), in population variance.
  4. Rewards are not whitened (--whiten_rewards does): it would rescale the penalty, so beta would no
     longer be a price in units of reward.
@@ -29,9 +30,11 @@ Where this departs from the papers and OpenAI's code, and why:
  7. The learning rate warms up over a tenth of the run and falls to 0 (Ziegler: falls from the
     start; InstructGPT: warms up from 10 % over 10 iterations, then stays). No average of weights
     (InstructGPT: 0.992). Adam's epsilon acts where PyTorch adds it, not where TensorFlow does.
- 8. --ptx_coef weighs a mean per token, so the 27.8 of InstructGPT does not carry over. The policy
-    starts from plain SFT, without a tenth of pretraining data mixed in.
+ 8. --ptx_coef weighs a mean per token over as many texts as samples (InstructGPT: 8 times as
+    many), so its 27.8 does not carry over. The policy starts from plain SFT, without a tenth of
+    pretraining data mixed in.
  9. Log-probs are kept from sampling, not computed again, where both agree to 1e-5 (not in bf16).
+10. One device: no seeds by rank. 4 epochs of 2 minibatches (Ziegler: 4 of 1, InstructGPT: 1 of 8).
 """
 
 import argparse
@@ -343,17 +346,14 @@ def pad_ranks(examples):
 
 
 def refit(reward, rankings, samples, args, autocast):
-    """One more epoch of the reward model, on the newest rankings and as many older ones.
+    """One more epoch of the reward model, on all rankings of the policy's own samples so far.
 
     The scores that PPO climbs were learnt on samples of the reference. The further the policy moves
-    from it the less they mean, which fresh rankings of its own samples mend (Ziegler et al. 2019,
-    2.3). At the end the scores of samples, (prompt, text), have mean 0 and SD 1 again.
+    from it the less they mean, which fresh rankings mend (Ziegler et al. 2019, 2.3). At the end the
+    scores of samples, (prompt, text), have mean 0 and SD 1 again.
     """
     model, tokenizer = reward
-    count = args.relabel_rankings
-    rng = random.Random(len(rankings))
-    older = rng.sample(rankings[:-count], min(count, len(rankings) - count))
-    rows = rng.sample(older + rankings[-count:], len(older) + count)
+    rows = random.Random(len(rankings)).sample(rankings, len(rankings))
     context = getattr(model.config, "max_position_embeddings", 1024)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.relabel_lr, weight_decay=0.0)
     for part in (rows[i:i + 16] for i in range(0, len(rows), 16)):
@@ -362,6 +362,8 @@ def refit(reward, rankings, samples, args, autocast):
                      for row in part for text in row["responses"]]
         with autocast:
             flat = reward_scores(model, collate(sequences, model.device))  # (n,)
+        if not flat.isfinite().all():
+            fail(f"--relabel_lr {args.relabel_lr:g} ruined the reward model; give a lower one")
         rewards = flat.new_zeros(ranks.shape).masked_scatter(ranks > 0, flat)  # (n,) -> (B, K)
         ranking_loss(rewards, ranks).mean().backward()
         optimizer.step()
@@ -381,9 +383,6 @@ def judge(reward, tokenizer, prompts, responses, args, autocast):
         model, own = reward
         context = getattr(model.config, "max_position_embeddings", 1024)
         rows = [own.encode_example(*row, context) for row in zip(prompts, texts, strict=True)]
-        if None in rows:
-            fail(f"--reward_model {args.reward_model}: a prompt fills its context of {context} "
-                 "tokens; give a smaller --max_length")
         scores = rate(model, rows, autocast)
     else:
         scores = torch.tensor([toy_reward(text) for text in texts])
@@ -448,10 +447,42 @@ def toy_rankings(model, tokenizer, count, seed, k=4):
 # ---------------------------------------------------------------------------------------- data
 
 
-def read_prompts(path):
-    """Rows {"prompt"}; whatever else a line holds is left alone."""
-    return [{"prompt": get_text(place, row, "prompt", '{"prompt": "..."}')}
-            for place, row in read_jsonl(path)]
+def load_prompts(tokenizer, args):
+    """(prompts to learn from, prompts held out) of --data, {"prompt"} a line, or of the toy."""
+    rows = [{"prompt": prompt} for part in (False, True) for prompt in toy_prompts(part)]
+    if args.data:
+        rows = [{"prompt": get_text(place, row, "prompt", '{"prompt": "..."}')}
+                for place, row in read_jsonl(args.data)]
+    fits = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"]))
+            + args.max_new_tokens <= args.max_length]
+    if len(fits) < 2:
+        fail(f"--max_length {args.max_length}: not two prompts of {args.data or 'the toy'} leave "
+             f"room for --max_new_tokens {args.max_new_tokens}; give a larger one")
+    if not args.data:
+        return toy_prompts(held_out=False), toy_prompts(held_out=True)
+    print(f"{len(rows) - len(fits)} of {len(rows)} prompts dropped: no room for --max_new_tokens "
+          f"{args.max_new_tokens} behind them")
+    split = split_by_prompt(fits, args.held_out, args.seed)
+    return tuple([row["prompt"] for row in part] for part in split)
+
+
+def check_reward_model(model, own, tokenizer, prompts, args):
+    """End with one line if --reward_model is none, or cannot read what the policy writes."""
+    context = getattr(model.config, "max_position_embeddings", 1024)
+    encoded = [own.encode_prompt(prompt) for prompt in prompts]
+    if "SequenceClassification" not in str(model.config.architectures):
+        fail(f"--reward_model {args.reward_model}: a language model; make a reward model of it "
+             "with reward_model.py")
+    if max(map(len, encoded)) >= context:
+        fail(f"--reward_model {args.reward_model}: a prompt fills its context of {context} tokens; "
+             "give a smaller --max_length")
+    if args.algo == "ppo" and args.value_init == "reward_model":
+        if encoded != [tokenizer.encode_prompt(prompt) for prompt in prompts]:
+            fail(f"--reward_model {args.reward_model}: its tokenizer is not the policy's, so it "
+                 "cannot start the value network; give --value_init policy")
+        if context < args.max_length:
+            fail(f"--reward_model {args.reward_model}: as a value network it can read {context} "
+                 f"tokens; give --max_length {context}, or --value_init policy")
 
 
 def read_texts(path, tokenizer, max_length):
@@ -475,7 +506,7 @@ class KeepLogps:
     def __call__(self, input_ids, scores):
         self.take(input_ids)
         self.before = scores.log_softmax(1)  # (B, V)
-        return scores
+        return scores.nan_to_num(nan=0.0)  # NaN stays in the log-probs, where `train` sees it
 
     def take(self, input_ids):
         """The log-probs so far, (B, steps), the last of input_ids (B, T) being the newest token."""
@@ -637,24 +668,17 @@ def train(args):
         half = torch.is_autocast_enabled(policy.device.type)
     reward = (load_model(args.reward_model, head="reward", device=args.device)
               if args.reward_model else None)
-    rows, held_out = ([{"prompt": p} for p in toy_prompts(part)] for part in (False, True))
-    if args.data:
-        rows, held_out = split_by_prompt(read_prompts(args.data), args.held_out, args.seed)
-    fits = lambda row: len(tokenizer.encode_prompt(row["prompt"])) < args.max_length
-    prompts, shown = ([row["prompt"] for row in part if fits(row)] for part in (rows, held_out))
-    if not prompts or not shown:
-        fail(f"--max_length {args.max_length}: no prompt of {args.data} fits; give a larger one")
+    prompts, shown = load_prompts(tokenizer, args)
+    if reward:
+        check_reward_model(*reward, tokenizer, prompts + shown, args)
     ptx = read_texts(args.ptx_data, tokenizer, args.max_length) if args.ptx_data else []
     networks = nn.ModuleDict({"policy": policy})
     if args.algo == "ppo":
         source = args.reward_model if args.value_init == "reward_model" else args.model
-        networks["value"], own = load_model(source, head="reward", device=args.device,
-                                            lora_rank=args.lora_rank)
+        networks["value"], _ = load_model(source, head="reward", device=args.device,
+                                          lora_rank=args.lora_rank)
         if args.value_init == "policy":
             nn.init.zeros_(networks["value"].score.weight)  # so that the first advantages are r's
-        elif any(own.encode_prompt(p) != tokenizer.encode_prompt(p) for p in prompts[:8]):
-            fail(f"--reward_model {args.reward_model}: its tokenizer is not the policy's, so it "
-                 "cannot start the value network; give --value_init policy")
     weights = {name: [p for p in network.parameters() if p.requires_grad]
                for name, network in networks.items()}
     optimizer = torch.optim.AdamW(sum(weights.values(), []), lr=args.lr, betas=(0.9, 0.95),
@@ -664,9 +688,7 @@ def train(args):
     beta, rescore, rankings = state["beta"], state["rescore"], state["rankings"]
     if args.resume:
         restore(state, networks, optimizer)
-    if args.relabel_every:  # what the reward model learnt from, and samples of rho to normalise by
-        known = Path(args.reward_model) / "rankings.jsonl"
-        rankings = rankings or ([row for _, row in read_jsonl(known)] if known.is_file() else [])
+    if args.relabel_every:  # samples of rho, by which a refitted reward model is normalised again
         asked = random.Random(args.seed).choices(prompts, k=256)
         drawn, _ = rollout(reference, tokenizer, list(map(tokenizer.encode_prompt, asked)),
                            args.max_new_tokens, args.seed)
@@ -696,8 +718,8 @@ def train(args):
             asked = [p for p in order[step * G:(step + 1) * G] for _ in range(args.n)]  # B
             ids = [tokenizer.encode_prompt(prompt) for prompt in asked]
             with autocast:
-                responses, kept = rollout(policy, tokenizer, ids, min(
-                    args.max_new_tokens, args.max_length - max(map(len, ids))), seed_of(step))
+                responses, kept = rollout(
+                    policy, tokenizer, ids, args.max_new_tokens, seed_of(step))
             scores, texts = judge(reward, tokenizer, asked, responses, args, autocast)  # (B,)
             sequences = list(zip(ids, responses, strict=True))
             B, R = len(sequences), max(map(len, responses))
@@ -768,7 +790,8 @@ def train(args):
                             error.backward()
                         loss.backward()
                         seen.append(torch.stack([
-                            loss.detach(), error.detach(), (ratio - 1 - log_ratio).sum() / tokens,
+                            loss.detach(), error.detach(),
+                            (torch.expm1(log_ratio) - log_ratio).sum() / tokens,  # k3
                             ((ratio - 1).abs() > args.clip).sum() / tokens]))
 
                     # PPO-ptx: the gradient of log-likelihood on pretraining text, on top.
@@ -803,8 +826,8 @@ def train(args):
                    "lr": group["lr"]}
             if args.algo == "ppo":
                 row |= {"policy/clip_fraction": clipped, "value/loss": error,
-                        "value/explained_variance":
-                            1 - float(variance(returns - values) / variance(returns)),
+                        "value/explained_variance": 1 - float(
+                            variance(returns - values) / variance(returns).clamp(min=1e-8)),
                         "value/grad_norm": sum(n[1] for n in norms) / len(norms)}
             if ptx:
                 row["ptx/loss"] = float(sum(ptx_losses)) / len(norms)
@@ -821,6 +844,8 @@ def train(args):
                 rankings += toy_rankings(
                     policy, tokenizer, args.relabel_rankings, seed_of(step, "rankings"))
                 refit(reward, rankings, drawn, args, autocast)
+        if steps > state["step"]:  # the last update too must leave weights that give numbers
+            check_finite(args, steps - 1, float(per_token(token_logps, policy, *rest).sum()))
         if steps:
             save_state(args.out, args, networks, optimizer, step=steps, beta=beta, rescore=rescore,
                        rankings=rankings,
@@ -851,7 +876,7 @@ def parse_args(argv=None):
     common_flags(parser, out="runs/ppo_rlhf", batch_size=64,
                  lr_help="2e-4 below 10M parameters, else 1e-5; LoRA twice, or above 10M ten times "
                  "that")
-    parser.set_defaults(save_every=10)
+    parser.set_defaults(save_every=10, epochs=None)  # an epoch of prompts; the toy takes 40 steps
     flag = parser.add_argument_group("reward").add_argument
     flag("--reward_model", help="folder or hub id of a sequence-classification model with one "
          "label; without it the toy's true reward is used")
@@ -891,7 +916,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.beta = (0.02 if args.data else 0.5) if args.beta is None else args.beta
     args.samples = (4 if args.data else 128) if args.samples is None else args.samples
-    args.steps = 40 if args.steps is None and not args.data else args.steps
+    if args.epochs is None and not args.data:
+        args.steps = 40 if args.steps is None else args.steps
+    args.epochs = 1.0 if args.epochs is None else args.epochs
     args.value_init = args.value_init or ("reward_model" if args.reward_model else "policy")
     check_flags(args, zero_allowed=("beta", "ptx_coef", "lam"), any_allowed=("missing_eos_score",))
     for name in ("gamma", "lam"):
@@ -900,6 +927,8 @@ def parse_args(argv=None):
     if args.batch_size % args.n:
         fail(f"--batch_size {args.batch_size}: must be a multiple of --n {args.n}, the samples of "
              "each prompt")
+    if args.samples < 2:
+        fail(f"--samples {args.samples}: at least 2 are needed for a standard error")
     if args.n < 2 and args.algo != "ppo":
         fail(f"--n {args.n}: --algo {args.algo} needs several samples to choose from")
     if args.data and not args.reward_model:

@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import (check_flags, checkpoint, common_flags, deferred_interrupt, fail, get_text,
-                   load_model, load_state, open_log, plot, read_jsonl, report, restore, save_model,
-                   save_state, settle, split_by_prompt, stopped)
+from model import (check_finite, check_flags, checkpoint, common_flags, deferred_interrupt, fail,
+                   get_text, load_model, load_state, open_log, plot, read_jsonl, report, restore,
+                   save_model, save_state, settle, split_by_prompt, stopped)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -203,7 +203,7 @@ def read_rankings(path):
         if "responses" in row:
             texts, ranks = row["responses"], row.get("ranks")
             if not (isinstance(texts, list) and isinstance(ranks, list) and len(texts) == len(ranks)
-                    and all(type(rank) is int and rank > 0 for rank in ranks)):
+                    and all(type(rank) is int and 0 < rank < 2**31 for rank in ranks)):
                 fail(f'{place}: "responses" needs as many "ranks", whole numbers from 1 (the best)')
             texts = [get_text(place, {"responses": text}, "responses", example) for text in texts]
         else:
@@ -331,7 +331,8 @@ def train(args):
         rows, held_out = split_by_prompt(read_rankings(args.data), args.held_out, args.seed)
     else:
         rows = toy_rankings(policy, tokenizer, args.rankings, args.k, args.seed)
-        held_out = toy_rankings(policy, tokenizer, 512, args.k, args.seed + 1, held_out=True)
+        held_out = toy_rankings(policy, tokenizer, max(32, args.rankings // 8), args.k,
+                                args.seed + 1, held_out=True)
 
     # 2. The reward model: the language model's trunk under a new head with one output.
     model, _ = load_model(args.model, head="reward", device=args.device, lora_rank=args.lora_rank)
@@ -340,7 +341,7 @@ def train(args):
     examples, lost = encode_rankings(tokenizer, rows, args.max_length, args.loss)
     test, _ = encode_rankings(tokenizer, held_out, args.max_length, args.loss)
     if not examples or not test:
-        fail(f"--data {args.data}: no row is left; a row needs responses that differ in rank and "
+        fail(f"{args.data or 'toy'}: no row is left; a row needs responses that differ in rank and "
              f"fit into --max_length {args.max_length}")
     print(f"{len(examples)} rankings, {len(test)} held out. {lost['dropped']} dropped (no room "
           f"behind the prompt), {lost['tied']} all tied; {lost['identical']} responses identical "
@@ -412,6 +413,8 @@ def train(args):
                    "scores/std": float(flat.std()), "grad_norm": norm, "lr": group["lr"]}
             log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['pairs/accuracy']:.2f}")
+        if steps > state["step"]:  # the last update too must leave weights that give numbers
+            check_finite(args, steps - 1, float(rate(model, batch[0][0], autocast).sum()))
         save_state(args.out, args, model, optimizer, step=steps)
 
     # 8. After, while differences of scores still are log-odds. Then the scores get their scale.
@@ -427,8 +430,6 @@ def train(args):
     report(args.out, {"before": before, "after": after}, samples)
     plot(args.out, [["loss"], ["pairs/accuracy"], ["scores/std"]], "predicted win rate, y observed",
          points={"before": old_curve, "after": curve, "ideal": ([0, 1], [0, 1])})
-    if not args.data:  # what the toy's human said, to read, and for --relabel_every of ppo_rlhf.py
-        (Path(args.out) / "rankings.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     save_model(model, tokenizer, args.out)
     (Path(args.out) / "state.pt").unlink()  # this run is complete
     return after

@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import (check_flags, checkpoint, common_flags, deferred_interrupt, fail, get_text,
-                   load_model, load_state, open_log, plot, read_jsonl, report, restore, save_model,
-                   save_state, settle, split_by_prompt, stopped)
+from model import (check_finite, check_flags, checkpoint, common_flags, deferred_interrupt, fail,
+                   get_text, load_model, load_state, open_log, plot, read_jsonl, report, restore,
+                   save_model, save_state, settle, split_by_prompt, stopped)
 
 # ------------------------------------------------------------------------------------ the loss
 
@@ -401,7 +401,8 @@ def train(args):
     examples, lost = encode_demonstrations(tokenizer, rows, args.max_length)
     test, _ = encode_demonstrations(tokenizer, held_out, args.max_length)
     if not examples or not test:
-        fail(f"--max_length {args.max_length}: no row of {args.data} fits; give a larger one")
+        fail(f"--max_length {args.max_length}: no row of {args.data or 'the toy'} fits; "
+             "give a larger one")
     print(f"{len(examples)} demonstrations, {len(test)} held out. {lost['dropped']} dropped (no "
           f"room behind the prompt), {lost['cut']} responses cut")
     tokenizer.show(*examples[0])
@@ -453,6 +454,8 @@ def train(args):
                    "tokens": tokens}
             log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
+        if steps > state["step"]:  # the last update too must leave weights that give numbers
+            check_finite(args, steps - 1, float(score(model, batch[:1], autocast).sum()))
         save_state(args.out, args, model, optimizer, step=steps, before=before)
 
     # 7. After.

@@ -567,7 +567,7 @@ def test_unknown_name_offline(tmp_path):
                           capture_output=True, timeout=60)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert "--model no-such/model" in lines[0] and "give a folder, or go online" in lines[0]
+    assert "no-such/model" in lines[0] and "give a folder, or go online" in lines[0]
     assert float(done.stdout) < 5
 
 

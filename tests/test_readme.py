@@ -1,5 +1,6 @@
 """Every command in the README runs, and says what the README says of it."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -8,46 +9,60 @@ import sys
 import pytest
 from conftest import ROOT
 
+from model import load_model, save_model
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCSTRINGS = "".join((ROOT / f"{name}.py").read_text() for name in ("sft", "dpo"))
-COMMANDS = sorted({match.split("  #")[0].split("&&")[-1].strip() for match in re.findall(
-    r"(?:^| |`)(python (?:sft|dpo)\.py[^`\n|]*)", README + DOCSTRINGS, re.M)
-    if "--help" not in match})
+SCRIPTS = "sft reward_model ppo_rlhf dpo".split()
+DOCSTRINGS = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+COMMANDS = sorted({part.split("  #")[0].strip() for match in re.findall(
+    rf"(?:^| |`)(python (?:{'|'.join(SCRIPTS)})\.py[^`\n|]*)", README + DOCSTRINGS, re.M)
+    for part in match.split("&&") if "--help" not in part})
+SMALL = {"dpo": ["--pairs", "16", "--samples", "2"], "sft": ["--examples", "32"],
+         "reward_model": ["--rankings", "16", "--samples", "4"], "ppo_rlhf": ["--samples", "2"]}
 
 
-def shortened(command, tmp_path):
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """The folder of an untrained reward model."""
+    folder = tmp_path_factory.mktemp("reward_model")
+    save_model(*load_model("tiny", head="reward"), folder)
+    return str(folder)
+
+
+def shortened(command, tmp_path, reward):
     """A README command, cut to two steps, with a small file and the embedded model."""
     rows = [{"prompt": f"Question {i}?", "completion": " Yes.", "chosen": " Yes.",
              "rejected": " No."} for i in range(8)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = command.replace("mine.jsonl", str(tmp_path / "mine.jsonl")).split()[1:]
-    models = ("gpt2", "Qwen/Qwen2.5-0.5B", "runs/sft")
-    words = ["tiny" if word in models else word.replace("NAME", "ipo") for word in words]
+    other = {"gpt2": "tiny", "Qwen/Qwen2.5-0.5B": "tiny", "runs/sft": "tiny", "NAME": "ipo",
+             "runs/reward_model": reward}
+    words = [other.get(word, word) for word in words if word != "--resume"]
     small = ["--steps", "2", "--batch_size", "4", "--max_new_tokens", "8", "--device", "cpu",
              "--out", str(tmp_path / "out")]
-    small += ["--pairs", "16", "--samples", "2"] if words[0] == "dpo.py" else ["--examples", "32"]
-    return [*words, *small]
+    return [*words, *small, *SMALL[words[0].removesuffix(".py")]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs(command, tmp_path):
-    """Two steps of it end with exit code 0 and a model in --out."""
-    words = shortened(command, tmp_path)
-    if "--resume" in words:
-        words.remove("--resume")
-    run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "out" / "model.safetensors").is_file() and "after" in run.stdout
+def test_command_runs(command, tmp_path, reward, capsys):
+    """Two steps of it end well, with a table and a model in --out."""
+    script, *flags = shortened(command, tmp_path, reward)
+    importlib.import_module(script.removesuffix(".py")).main(flags)
+    trained = "best_of_n" not in command
+    assert (tmp_path / "out" / "model.safetensors").is_file() == trained
+    assert "after" in capsys.readouterr().out
 
 
 def test_there_are_commands():
     """The pattern above finds what it is meant to find."""
-    assert {"python dpo.py", "python sft.py --task sentiment"} <= set(COMMANDS)
-    assert len(COMMANDS) > 8
+    chain = "python ppo_rlhf.py --model runs/sft --reward_model runs/reward_model --base tiny"
+    assert {"python dpo.py", "python sft.py --task sentiment", chain} <= set(COMMANDS)
+    assert len(COMMANDS) > 16
 
 
 @pytest.mark.parametrize("script", [
-    "dpo.py", "sft.py", "benchmarks/gather.py", "benchmarks/dpo_step.py"])
+    *(f"{name}.py" for name in SCRIPTS), "benchmarks/gather.py", "benchmarks/dpo_step.py",
+    "benchmarks/reward_hacking.py"])
 def test_help(script):
     """--help exits 0 and shows defaults, without importing transformers or matplotlib."""
     code = ("import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
@@ -64,23 +79,24 @@ def test_help(script):
 
 def test_every_logged_number_is_explained(tmp_path):
     """The README names every number that a run logs or prints."""
-    import dpo
-    import sft
-
-    for script, flags in ((dpo, ["--pairs", "32", "--samples", "2"]), (dpo, [
-            "--pairs", "32", "--samples", "2", "--loss", "kto"]), (sft, ["--examples", "32"]),
-            (sft, ["--examples", "32", "--task", "sentiment"])):
-        after = script.main([*flags, "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])
-        logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-        for name in (set(after) | set(logged)) - {"step"}:
+    (tmp_path / "ptx.jsonl").write_text('{"text": "Nobody said a word."}')
+    ptx = ["--ptx_coef", "1", "--ptx_data", str(tmp_path / "ptx.jsonl")]
+    for script, *flags in (["dpo"], ["dpo", "--loss", "kto"], ["sft"],
+                           ["sft", "--task", "sentiment"], ["reward_model"], ["ppo_rlhf", *ptx],
+                           ["ppo_rlhf", "--algo", "best_of_n"]):
+        after = importlib.import_module(script).main([
+            *flags, *SMALL[script], "--steps", "1", "--batch_size", "8", "--device", "cpu",
+            "--out", str(tmp_path)])
+        logged = (tmp_path / "metrics.jsonl").read_text().splitlines()[:1]
+        for name in {*after, *(key for line in logged for key in json.loads(line))} - {"step"}:
             assert f"`{name.split(' of ')[0]}`" in README, name  # "summary/recall of lead-1"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_whole_command(command, tmp_path):
-    """The commands as they stand, but for the output folder and the user's file and model."""
-    words = [word for word in shortened(command, tmp_path) if word != "--resume"]
+def test_whole_command(command, tmp_path, reward):
+    """The commands as they stand, but for the output folder and the user's file and models."""
+    words = shortened(command, tmp_path, reward)
     whole = words[:words.index("--steps")] + ["--out", str(tmp_path / "out")]
     subprocess.run([sys.executable, *whole], cwd=ROOT, check=True)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "results.json").is_file()

@@ -1,0 +1,80 @@
+"""Reward hacking in one figure: PPO against a learned reward, without and with its KL penalty.
+
+    python benchmarks/reward_hacking.py            # about 4 minutes on two cores
+
+Trains a reward model (`python reward_model.py`), then the same PPO twice: with --beta 0, and with
+the toy's usual 0.5. The reward model has seen samples of the reference only. Without a penalty the
+policy leaves them, and finds texts that score ever higher and that nobody would call a review.
+The figure is benchmarks/reward_hacking.png.
+
+What to look at: the score, which is all that PPO sees, looks better without the penalty; KL and
+grammar, which it does not see, tell why. The true reward counts friendly words wherever they stand,
+so it can be hacked as well, and rises too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PANELS = {"scores/mean": "learned reward (SDs of the reference)", "samples/true_reward":
+          "true reward", "kl/policy_reference": "KL from the reference, nats",
+          "samples/grammatical": "share grammatical"}
+RUNS = ("beta 0", "beta 0.5")
+
+
+def run(*words):
+    print("$ python " + " ".join(words), flush=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+def draw(folder):
+    """The figure from the logs, results and samples of both runs; returns its text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 5.4))
+    lines = []
+    for name in RUNS:
+        out = ROOT / folder / name.replace(" ", "_")
+        log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for axis, (key, title) in zip(axes, PANELS.items()):
+            axis.plot([row["step"] for row in log], [row[key] for row in log], lw=1, label=name)
+            axis.set(title=title, xlabel="step")
+        after = json.loads((out / "results.json").read_text())["after"]
+        samples = (out / "samples.txt").read_text(encoding="utf-8").splitlines()
+        texts = [line.split(":", 1)[1] for line in samples if line.startswith("after :")]
+        lines += [f"{name}: " + ", ".join(f"{key} {after[key]:.2f}" for key in PANELS)]
+        lines += [" " + textwrap.shorten(text, 150, placeholder=" ...") for text in texts[:5]]
+        lines += [""]
+    axes[0].legend()
+    figure.tight_layout(rect=(0, 0.42, 1, 1))
+    figure.text(0.02, 0.39, "\n".join(lines), family="monospace", fontsize=8.5, va="top")
+    figure.savefig(ROOT / "benchmarks" / "reward_hacking.png", dpi=80)
+    plt.close(figure)
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=80, help="PPO steps of each run")
+    parser.add_argument("--seed", type=int, default=0, help="of all three runs")
+    parser.add_argument("--out", default="runs/reward_hacking", help="folder for the three runs")
+    args = parser.parse_args()
+    folder, seed = Path(args.out), ["--seed", str(args.seed)]
+    reward = str(folder / "reward_model")
+    run("reward_model.py", "--out", reward, *seed)
+    for name in RUNS:
+        run("ppo_rlhf.py", "--reward_model", reward, "--beta", name.split()[1], "--steps",
+            str(args.steps), "--out", str(folder / name.replace(" ", "_")), *seed)
+    print(draw(folder) + "\nthe figure is in benchmarks/reward_hacking.png")
+
+
+if __name__ == "__main__":
+    main()
