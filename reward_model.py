@@ -341,8 +341,9 @@ def train(args):
     examples, lost = encode_rankings(tokenizer, rows, args.max_length, args.loss)
     test, _ = encode_rankings(tokenizer, held_out, args.max_length, args.loss)
     if not examples or not test:
-        fail(f"{args.data or 'toy'}: no row is left; a row needs responses that differ in rank and "
-             f"fit into --max_length {args.max_length}")
+        fail(f"{args.data or 'toy'}: no row is left {'held out' if examples else 'to learn from'}; "
+             f"a row needs responses that differ in rank and fit into --max_length "
+             f"{args.max_length}")
     print(f"{len(examples)} rankings, {len(test)} held out. {lost['dropped']} dropped (no room "
           f"behind the prompt), {lost['tied']} all tied; {lost['identical']} responses identical "
           f"to another, {lost['cut']} cut")

@@ -5,8 +5,8 @@ the chosen one beat the rejected one by a margin gamma. No reference model appea
 
     loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)               (6)
 
-With sums instead of means (DPO without its reference) a longer response starts with a handicap, and
-what is learnt first is to overcome it: length. The mean takes that away; --lesson shows it.
+The mean makes beta the same for short and long responses. With sums (DPO without its reference)
+it would have to suit every length; --lesson shows what goes wrong where it does not.
 
     python simpo.py                                  # toy: summaries, judged by who likes them long
     python simpo.py --data mine.jsonl --model gpt2   # lines of {"prompt", "chosen", "rejected"}
@@ -30,6 +30,7 @@ import json
 import math
 import random
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -77,9 +78,9 @@ def log1mexp(x):
     """log(1 - e^x) for x < 0, exact near 0, where 1 - e^x is all rounding, and far below it."""
     x = x.clamp(max=-1e-7)  # p = 1 to the last bit would have infinite odds
     near = x > -math.log(2)
-    # Both branches get an input that is fine for them: `where` also differentiates the other one.
-    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))),
-                       torch.log1p(-torch.exp(torch.where(near, -1.0, x))))
+    # The branch not taken is differentiated too, so it gets an input that no device rounds to 1.
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, torch.log(-torch.expm1(x)), far)
 
 
 def slic_loss(chosen, rejected, delta=1.0, lam=1.0):
@@ -348,7 +349,8 @@ def best_first(example):
     """An example of `encode_rankings` with its responses in the order of their ranks."""
     responses, ranks = example
     order = sorted(range(len(ranks)), key=ranks.__getitem__)
-    return [responses[i] for i in order], [ranks[i] for i in order]
+    places = sorted(set(ranks))  # only the order counts: ranks 1, 3, 4 are 1, 2, 3
+    return [responses[i] for i in order], [1 + places.index(ranks[i]) for i in order]
 
 
 def pairs_of(examples):
@@ -464,8 +466,9 @@ def train(args):
     shown = [row for row in held_out
              if len(tokenizer.encode_prompt(row["prompt"])) < args.max_length]
     if not examples or not test:
-        fail(f"{args.data or 'toy'}: no row is left; a row needs responses that differ in rank and "
-             f"fit into --max_length {args.max_length}")
+        fail(f"{args.data or 'toy'}: no row is left {'held out' if examples else 'to learn from'}; "
+             f"a row needs responses that differ in rank and fit into --max_length "
+             f"{args.max_length}")
     kind = "rankings" if args.loss in RANKED else "pairs"
     examples = [best_first(example) for example in examples]
     examples, test = examples if args.loss in RANKED else pairs_of(examples), pairs_of(test)
@@ -547,9 +550,10 @@ def train(args):
 def toy_lesson(args):
     """What the mean and the margin do: the toy run, and the same with one of them taken away.
 
-    Sums are DPO without its reference (CPO without its SFT term). A longer response has a lower
-    sum, so pairs whose chosen one is longer look wrong and get most of the gradient, the more so
-    the higher beta is: the policy learns length, not truth.
+    Sums are DPO without its reference (CPO without its SFT term). A sum is the mean times the
+    number of tokens, so at the same beta the pairs that the policy ranks as the human did soon have
+    no gradient left. What remains are those where the human erred, for length or by chance: the
+    policy learns the errors. A lower beta on sums does as well here, where lengths vary little.
     """
     variants = {"simpo": {}, "no margin": {"gamma_beta_ratio": 0.0},
                 "sums": {"loss": "cpo", "lam": 0.0},
@@ -558,7 +562,7 @@ def toy_lesson(args):
     for name, flags in variants.items():
         print(f"\n--- {name}: {flags or 'as given'}")
         out = str(Path(args.out) / re.sub(r"\W+", "_", name))
-        train(argparse.Namespace(**vars(args) | flags | {"out": out}))
+        train(argparse.Namespace(**vars(args) | flags | {"out": out, "lesson": False}))
         results = json.loads((Path(out) / "results.json").read_text())
         columns |= {"before": results["before"], name: results["after"]}
 
@@ -574,6 +578,7 @@ def toy_lesson(args):
         axis.tick_params(axis="x", labelsize=7)
     figure.tight_layout()
     figure.savefig(Path(args.out) / "lesson.png", dpi=90)
+    plt.close(figure)
     report(args.out, columns, [])
     print(f"the bars are in {Path(args.out) / 'lesson.png'}")
     return columns["simpo"]
@@ -609,13 +614,15 @@ def parse_args(argv=None):
     args.lam = {"orpo": 0.1}.get(args.loss, 1.0) if args.lam is None else args.lam
     if args.sft_weight is None and args.loss == "rrhf":
         args.sft_weight = 1.0
-    args.k = args.k or (4 if args.loss in RANKED else 2)
+    args.k = (4 if args.loss in RANKED else 2) if args.k is None else args.k
     args.shown = 8 if args.data else 256
-    args.samples = args.samples or (4 if args.data else 1)
+    args.samples = (4 if args.data else 1) if args.samples is None else args.samples
     check_flags(args, zero_allowed=("gamma_beta_ratio", "lam", "delta", "sft_weight",
                                     "length_bias"))
     if args.k < 2:
         fail(f"--k {args.k}: a comparison needs at least two responses")
+    if args.data and args.samples < 2:
+        fail(f"--samples {args.samples}: at least 2 are needed for a standard error")
     if args.lesson and (args.data or args.loss != "simpo" or args.resume):
         fail("--lesson compares variants of the toy's run; leave out --data, --loss and --resume")
     return args
@@ -626,6 +633,9 @@ def main(argv=None):
     try:
         return toy_lesson(args) if args.lesson else train(args)
     except KeyboardInterrupt:
+        if args.lesson:
+            print(f"\nstopped; the runs that were finished are in {args.out}", file=sys.stderr)
+            raise SystemExit(130) from None
         stopped(args.out)
 
 

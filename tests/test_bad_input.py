@@ -16,21 +16,24 @@ import model  # noqa: E402
 import ppo_rlhf  # noqa: E402
 import reward_model  # noqa: E402
 import sft  # noqa: E402
+import simpo  # noqa: E402
 
-SCRIPTS = {"dpo": dpo, "sft": sft, "reward_model": reward_model, "ppo_rlhf": ppo_rlhf}
+SCRIPTS = {"dpo": dpo, "sft": sft, "reward_model": reward_model, "ppo_rlhf": ppo_rlhf,
+           "simpo": simpo}
 QUICK = ["--batch_size", "2", "--max_new_tokens", "4", "--held_out", "1", "--device", "cpu"]
 PAIR = {"prompt": "I saw the film.", "chosen": " The cast was superb.", "rejected": " It was dull."}
 DEMO = {"prompt": "I saw the film.", "completion": " The cast was superb."}
 KTO = {"prompt": "I saw the film.", "completion": " The cast was superb.", "label": True}
 RANKED = {"prompt": "I saw the film.", "responses": [" Good.", " Bad."], "ranks": [1, 2]}
 SHAPE = {"dpo": ('"chosen": "..."',), "sft": ('"completion": "..."',),
-         "reward_model": ('"chosen": "..."', '"rejected": "..."')}
+         "reward_model": ('"chosen": "..."', '"rejected": "..."'),
+         "simpo": ('"chosen": "..."', '"rejected": "..."')}
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
 
 def good(script, count=4):
     """Rows with different prompts that the script learns from without complaint."""
-    row = PAIR if script in ("dpo", "reward_model") else DEMO
+    row = PAIR if script in ("dpo", "reward_model", "simpo") else DEMO
     return [row | {"prompt": f"I saw film number {i}."} for i in range(count)]
 
 
@@ -141,7 +144,7 @@ RESPONSES = {"missing": None, "empty": "", "whitespace": " \n\t", "a number": 3,
 
 @pytest.mark.parametrize("script, key", [
     ("dpo", "chosen"), ("dpo", "rejected"), ("sft", "completion"), ("reward_model", "chosen"),
-    ("reward_model", "rejected")])
+    ("reward_model", "rejected"), ("simpo", "chosen"), ("simpo", "rejected")])
 @pytest.mark.parametrize("name", RESPONSES)
 def test_bad_response(name, script, key, tmp_path, capsys, out):
     """A response that is missing, empty or no text is named with its key, file and line."""
@@ -230,6 +233,33 @@ def test_rank_beyond_64_bits(rank, tmp_path, capsys, out, quick):
           capsys, ("data.jsonl:2:",), out)
 
 
+SIMPO_ROWS = RANK_ROWS | {
+    "all ranks tied": (ranked(1, 1), [], NO_ROW),
+    "all ranks tied, whole rankings": (ranked(2, 2, 2), ["--loss", "pro"], NO_ROW),
+    "no responses": (ranked(), [], NO_ROW),
+    "one response": (ranked(1), ["--loss", "rrhf"], NO_ROW),
+    "one and the same response": ([PAIR | {"prompt": p, "rejected": PAIR["chosen"]} for p in "ab"],
+                                  [], NO_ROW),
+    "the same but for what is cut": (
+        [PAIR | {"prompt": p, "rejected": PAIR["chosen"] + " Well."} for p in "ab"],
+        ["--max_length", "5"], (*NO_ROW, "--max_length 5")),
+    "no room for a response": (ranked(1, 2), ["--max_length", "2"],
+                               (*NO_ROW, "--max_length 2")),
+    "rank beyond 64 bits": ([RANKED, *ranked(10**30, 10**30 + 1)], [], RANKS),
+    "label of kto": ([PAIR, KTO], [], ("data.jsonl:2:", '"chosen" is missing', *SHAPE["simpo"])),
+}
+
+
+@pytest.mark.parametrize("name", SIMPO_ROWS)
+def test_bad_row_for_simpo(name, tmp_path, capsys, out, quick):
+    """Rankings that say nothing, or not what was meant, are refused; so are responses that differ
+    only behind the cut (natolambert/rlhf-book#503, OpenRLHF/OpenRLHF#1311)."""
+    rows, flags, fragments = SIMPO_ROWS[name]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    fails("simpo", ["--data", str(path), *quick["simpo"], *flags], capsys, fragments, out)
+
+
 MESSAGES = {"no reply": CHAT[:1], "reply first": CHAT[::-1], "only a reply": CHAT[1:],
             "a text": "Hi", "texts": ["Hello", "Hi"], "empty": []}
 
@@ -283,20 +313,34 @@ FLAGS = {
     "grad norm 0": (BOTH, "--max_grad_norm 0", ("--max_grad_norm 0", "above 0")),
     "negative rank": (BOTH, "--lora_rank -2", ("--lora_rank -2", "not below 0")),
     "seed beyond 64 bits": (BOTH, f"--data {{good}} --seed {10**20}", (f"--seed {10**20}",)),
-    "beta 0": (("dpo",), "--beta 0", ("--beta 0", "above 0")),
-    "beta nan": (("dpo",), "--beta nan", ("--beta nan", "must be a number")),
+    "beta 0": (("dpo", "simpo"), "--beta 0", ("--beta 0", "above 0")),
+    "beta nan": (("dpo", "simpo"), "--beta nan", ("--beta nan", "must be a number")),
     "tau 0": (("dpo",), "--loss ipo --tau 0", ("--tau 0", "above 0")),
     "negative alpha": (("dpo",), "--alpha -1", ("--alpha -1", "not below 0")),
     "smoothing of more than half": (("dpo",), "--label_smoothing 0.6",
                                     ("--label_smoothing 0.6", "half")),
-    "no samples": (("dpo",), "--samples 0", ("--samples 0", "above 0")),
+    "no samples": (("dpo", "simpo"), "--samples 0", ("--samples 0", "above 0")),
     "pretrain with data": (("sft",), "--task pretrain --data {good}",
                            ("--task pretrain", "leave out --data")),
-    "one to compare": (("reward_model",), "--k 1", ("--k 1", "at least two responses")),
-    "none to compare": (("reward_model",), "--k 0", ("--k 0", "above 0")),
-    "no rankings": (("reward_model",), "--rankings 0", ("--rankings 0", "above 0")),
+    "one to compare": (("reward_model", "simpo"), "--k 1", ("--k 1", "at least two responses")),
+    "none to compare": (("reward_model", "simpo"), "--k 0", ("--k 0", "above 0")),
+    "no rankings": (("reward_model", "simpo"), "--rankings 0", ("--rankings 0", "above 0")),
     "negative samples": (("reward_model",), "--samples -1", ("--samples -1", "not below 0")),
     "unknown ranking loss": (("reward_model",), "--loss kto", ("--loss", "'best_of_k'", "--help")),
+    "no such preference loss": (("simpo",), "--loss dpo",
+                                ("--loss", "'dpo'", "'simpo'", "'rrhf'", "--help")),
+    "negative ratio": (("simpo",), "--gamma_beta_ratio -0.5",
+                       ("--gamma_beta_ratio -0.5", "not below 0")),
+    "margin nan": (("simpo",), "--gamma_beta_ratio nan", ("--gamma_beta_ratio nan", "a number")),
+    "negative lam": (("simpo",), "--loss cpo --lam -1", ("--lam -1", "not below 0")),
+    "negative delta": (("simpo",), "--loss slic --delta -1", ("--delta -1", "not below 0")),
+    "negative weight": (("simpo",), "--loss pro --sft_weight -1",
+                        ("--sft_weight -1", "not below 0")),
+    "lesson on own data": (("simpo",), "--lesson --data {good}", ("--lesson", "leave out --data")),
+    "lesson of another loss": (("simpo",), "--lesson --loss cpo", ("--lesson", "--loss")),
+    "lesson gone on with": (("simpo",), "--lesson --resume", ("--lesson", "--resume")),
+    "no row fits beside the prompt": (("simpo",), "--data {good} --max_length 2",
+                                      ("--max_length 2", "no row is left", "data.jsonl")),
     "resume nothing": (BOTH, "--data {good} --resume", ("--resume", "no interrupted run in",
                                                         "start one without --resume")),
 }
@@ -380,7 +424,8 @@ def test_bad_flag_for_ppo_rlhf(name, tmp_path, capsys, out, folders):
 def test_language_model_as_the_reward_model(algo, capsys, out):
     """A language model has no head to score with: a random one must not pass for a reward."""
     fails("ppo_rlhf", [*QUICK, *"--n 2 --samples 2 --steps 1 --reward_model tiny --algo".split(),
-                       algo], capsys, ("--reward_model tiny", "a language model", "reward_model.py"), out)
+                       algo], capsys,
+          ("--reward_model tiny", "a language model", "reward_model.py"), out)
 
 
 def test_classifier_of_two_labels_as_the_reward_model(tmp_path, capsys, out, folders):
@@ -489,7 +534,9 @@ class Bomb:
     ("sft", ["--lora_rank", "2"], ("--lora_rank 0, not 2",)),
     ("reward_model", ["--loss", "best_of_k"], ("--loss ranking, not best_of_k",)),
     ("ppo_rlhf", ["--kl_target", "2"], ("--kl_target None, not 2.0", "give the same flags")),
-    ("ppo_rlhf", ["--algo", "raft"], ("--algo ppo, not raft",))])
+    ("ppo_rlhf", ["--algo", "raft"], ("--algo ppo, not raft",)),
+    ("simpo", ["--loss", "cpo"], ("--loss simpo, not cpo",)),
+    ("simpo", ["--gamma_beta_ratio", "0.3"], ("--gamma_beta_ratio 0.5, not 0.3", "same flags"))])
 def test_resume_with_other_flags(script, other, fragments, tmp_path, capsys, quick):
     """Going on with other flags would be another run: the flag and both values are told."""
     path = tmp_path / "data.jsonl"
@@ -501,7 +548,7 @@ def test_resume_with_other_flags(script, other, fragments, tmp_path, capsys, qui
 
 @pytest.mark.parametrize("script, first", [
     ("dpo", "sft"), ("sft", "dpo"), ("reward_model", "ppo_rlhf"), ("ppo_rlhf", "reward_model"),
-    ("reward_model", "dpo")])
+    ("reward_model", "dpo"), ("simpo", "dpo"), ("reward_model", "simpo")])
 def test_resume_the_other_script(script, first, tmp_path, capsys, quick):
     """A state of another script is not taken for one's own, whichever flags both have."""
     path = tmp_path / "data.jsonl"
@@ -533,7 +580,7 @@ def test_resume_a_corrupt_state(script, kind, tmp_path, capsys, quick):
 # ------------------------------------------------------------------------------- a loss of NaN
 
 
-@pytest.mark.parametrize("script", ["dpo", "sft", "reward_model"])
+@pytest.mark.parametrize("script", ["dpo", "sft", "reward_model", "simpo"])
 def test_nan_leaves_a_good_state(script, tmp_path, capsys, monkeypatch, quick):
     """A loss of NaN stops with the step and --lr; the last state is finite and can be resumed."""
     path, run = tmp_path / "data.jsonl", tmp_path / "run"
@@ -601,7 +648,7 @@ def test_nan_from_the_very_last_update(script, tmp_path, capsys, quick):
         assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["dpo", "sft", "reward_model"])
+@pytest.mark.parametrize("script", ["dpo", "sft", "reward_model", "simpo"])
 def test_nan_without_a_state_promises_none(script, tmp_path, capsys, quick):
     """Where no state was saved yet, the error must not send its reader to --resume."""
     path, run = tmp_path / "data.jsonl", tmp_path / "run"

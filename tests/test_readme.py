@@ -12,13 +12,14 @@ from conftest import ROOT
 from model import load_model, save_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = "sft reward_model ppo_rlhf dpo".split()
+SCRIPTS = "sft reward_model ppo_rlhf dpo simpo".split()
 DOCSTRINGS = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
 COMMANDS = sorted({part.split("  #")[0].strip() for match in re.findall(
     rf"(?:^| |`)(python (?:{'|'.join(SCRIPTS)})\.py[^`\n|]*)", README + DOCSTRINGS, re.M)
     for part in match.split("&&") if "--help" not in part})
 SMALL = {"dpo": ["--pairs", "16", "--samples", "2"], "sft": ["--examples", "32"],
-         "reward_model": ["--rankings", "16", "--samples", "4"], "ppo_rlhf": ["--samples", "2"]}
+         "reward_model": ["--rankings", "16", "--samples", "4"], "ppo_rlhf": ["--samples", "2"],
+         "simpo": ["--rankings", "16"]}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,8 @@ def test_command_runs(command, tmp_path, reward, capsys):
     """Two steps of it end well, with a table and a model in --out."""
     script, *flags = shortened(command, tmp_path, reward)
     importlib.import_module(script.removesuffix(".py")).main(flags)
-    trained = "best_of_n" not in command
-    assert (tmp_path / "out" / "model.safetensors").is_file() == trained
+    folder = tmp_path / "out" / ("simpo" if "--lesson" in command else "")
+    assert (folder / "model.safetensors").is_file() == ("best_of_n" not in command)
     assert "after" in capsys.readouterr().out
 
 
@@ -62,7 +63,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("script", [
     *(f"{name}.py" for name in SCRIPTS), "benchmarks/gather.py", "benchmarks/dpo_step.py",
-    "benchmarks/reward_hacking.py"])
+    "benchmarks/reward_hacking.py", "benchmarks/objectives.py"])
 def test_help(script):
     """--help exits 0 and shows defaults, without importing transformers or matplotlib."""
     code = ("import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
@@ -83,7 +84,7 @@ def test_every_logged_number_is_explained(tmp_path):
     ptx = ["--ptx_coef", "1", "--ptx_data", str(tmp_path / "ptx.jsonl")]
     for script, *flags in (["dpo"], ["dpo", "--loss", "kto"], ["sft"],
                            ["sft", "--task", "sentiment"], ["reward_model"], ["ppo_rlhf", *ptx],
-                           ["ppo_rlhf", "--algo", "best_of_n"]):
+                           ["ppo_rlhf", "--algo", "best_of_n"], ["simpo"]):
         after = importlib.import_module(script).main([
             *flags, *SMALL[script], "--steps", "1", "--batch_size", "8", "--device", "cpu",
             "--out", str(tmp_path)])

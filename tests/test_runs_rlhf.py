@@ -445,7 +445,7 @@ def test_both_scripts_score_alike(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
 def test_the_readmes_numbers(tmp_path, seed):
-    """Whole runs: the reward model within 0.03 of its ceiling, PPO most of the way to the optimum."""
+    """Whole runs: the reward model within 0.03 of its ceiling, PPO most of the way to J*."""
     after = reward_model.main(["--seed", seed, "--out", str(tmp_path / "reward_model")])
     assert after["pairs/accuracy"] > after["pairs/ceiling"] - 0.03
     after = ppo_rlhf.main(["--seed", seed, "--out", str(tmp_path / "ppo")])
