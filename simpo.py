@@ -136,6 +136,10 @@ LOSSES = {
     "pro": lambda y, n, s, m, a: pro_loss(y, n, s, m, a.sft_weight),
 }
 RANKED = ("rrhf", "pro")  # what takes whole rankings; the others take each pair of them
+# The flags of each loss with their defaults, from its paper or that paper's code.
+DEFAULTS = {"simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5}, "cpo": {"beta": 0.1, "lam": 1.0},
+            "orpo": {"lam": 0.1}, "slic": {"delta": 1.0, "lam": 1.0}, "rrhf": {"sft_weight": 1.0},
+            "pro": {"sft_weight": None}}
 
 # ------------------------------------------------------------------------- the log-prob gather
 
@@ -555,9 +559,9 @@ def toy_lesson(args):
     no gradient left. What remains are those where the human erred, for length or by chance: the
     policy learns the errors. A lower beta on sums does as well here, where lengths vary little.
     """
-    variants = {"simpo": {}, "no margin": {"gamma_beta_ratio": 0.0},
-                "sums": {"loss": "cpo", "lam": 0.0},
-                "sums b=.1": {"loss": "cpo", "lam": 0.0, "beta": 0.1}}
+    sums = {"loss": "cpo", "lam": 0.0, "gamma_beta_ratio": None}
+    variants = {"simpo": {}, "no margin": {"gamma_beta_ratio": 0.0}, "sums": sums,
+                "sums b=.1": sums | {"beta": 0.1}}
     columns = {}
     for name, flags in variants.items():
         print(f"\n--- {name}: {flags or 'as given'}")
@@ -593,12 +597,13 @@ def parse_args(argv=None):
                  "that")
     flag = parser.add_argument_group("preferences").add_argument
     flag("--loss", default="simpo", choices=[*LOSSES], help="the objective")
-    flag("--beta", type=float, help="scale of the log-probs (derived: simpo 2, cpo 0.1)")
-    flag("--gamma_beta_ratio", type=float, default=0.5, help="simpo: the margin gamma over beta: "
-         "by how many nats a token the chosen response shall be likelier")
+    flag("--beta", type=float, help="simpo, cpo: scale of the log-probs; higher learns from ever "
+         "closer pairs only (derived: 2, 0.1)")
+    flag("--gamma_beta_ratio", type=float, help="simpo: the margin gamma over beta: by how many "
+         "nats a token the chosen response shall be likelier (derived: 0.5)")
     flag("--lam", type=float, help="weight of cpo's and slic's SFT term, or of orpo's odds ratio "
          "(derived: 1, 1, 0.1)")
-    flag("--delta", type=float, default=1.0, help="slic: margin of the hinge, in nats")
+    flag("--delta", type=float, help="slic: margin of the hinge, in nats (derived: 1)")
     flag("--sft_weight", type=float, help="weight of rrhf's and pro's SFT term (derived: rrhf 1, "
          "pro 0.05 (K - 1)^2)")
     flag = parser.add_argument_group("toy and evaluation").add_argument
@@ -610,10 +615,11 @@ def parse_args(argv=None):
          "on sums, and compare; ends with one table")
     flag("--samples", type=int, help="samples a prompt (derived: toy 1 of 256 posts, else 4 of 8)")
     args = parser.parse_args(argv)
-    args.beta = {"simpo": 2.0}.get(args.loss, 0.1) if args.beta is None else args.beta
-    args.lam = {"orpo": 0.1}.get(args.loss, 1.0) if args.lam is None else args.lam
-    if args.sft_weight is None and args.loss == "rrhf":
-        args.sft_weight = 1.0
+    for name in ("beta", "gamma_beta_ratio", "lam", "delta", "sft_weight"):
+        if name not in DEFAULTS[args.loss] and getattr(args, name) is not None:
+            fail(f"--{name} has no part in --loss {args.loss}; leave it out")
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULTS[args.loss].get(name))
     args.k = (4 if args.loss in RANKED else 2) if args.k is None else args.k
     args.shown = 8 if args.data else 256
     args.samples = (4 if args.data else 1) if args.samples is None else args.samples

@@ -339,6 +339,8 @@ FLAGS = {
     "lesson on own data": (("simpo",), "--lesson --data {good}", ("--lesson", "leave out --data")),
     "lesson of another loss": (("simpo",), "--lesson --loss cpo", ("--lesson", "--loss")),
     "lesson gone on with": (("simpo",), "--lesson --resume", ("--lesson", "--resume")),
+    "a flag of another loss": (("simpo",), "--loss simpo --lam 2",
+                               ("--lam has no part in --loss simpo", "leave it out")),
     "no row fits beside the prompt": (("simpo",), "--data {good} --max_length 2",
                                       ("--max_length 2", "no row is left", "data.jsonl")),
     "resume nothing": (BOTH, "--data {good} --resume", ("--resume", "no interrupted run in",

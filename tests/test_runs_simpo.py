@@ -99,10 +99,10 @@ def test_lesson_compares_four_runs(tmp_path):
         assert (tmp_path / folder / "model.safetensors").exists()
         assert results(tmp_path / folder)["after"] in columns.values()
         assert results(tmp_path / folder)["before"] == columns["before"]
-    assert used.pop("simpo") == ["simpo", 2.0, 0.5, 1.0]
-    assert used.pop("no_margin") == ["simpo", 2.0, 0.0, 1.0]
-    assert used.pop("sums") == ["cpo", 2.0, 0.5, 0.0]
-    assert [*used.values()] == [["cpo", 0.1, 0.5, 0.0]]
+    assert used.pop("simpo") == ["simpo", 2.0, 0.5, None]
+    assert used.pop("no_margin") == ["simpo", 2.0, 0.0, None]
+    assert used.pop("sums") == ["cpo", 2.0, None, 0.0]
+    assert [*used.values()] == [["cpo", 0.1, None, 0.0]]
     assert len({log(tmp_path / folder)[0]["loss"] for folder in folders}) == 4
 
 
@@ -315,9 +315,9 @@ def test_first_step_is_that_of_plain_logits(tmp_path, loss, mixed, bare, monkeyp
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(simpo.nn.utils, "clip_grad_norm_", lambda weights, most: (
         taken.extend(w.grad.clone() for w in weights), clip(weights, most))[1])
+    own = {"simpo": "--beta 3 --gamma_beta_ratio 0.4", "pro": "--sft_weight 0.3"}[loss]
     simpo.main([*SHORT, *"--batch_size 99 --steps 1 --held_out 1 --loss".split(), loss,
-                *"--beta 3 --gamma_beta_ratio 0.4 --sft_weight 0.3 --data".split(), mixed,
-                "--out", str(tmp_path)])
+                *own.split(), "--data", mixed, "--out", str(tmp_path)])
     row, = log(tmp_path)
     rows = [json.loads(line) for line in open(mixed, encoding="utf-8")]
     model, tokenizer = hub.load_model("tiny")
