@@ -455,9 +455,16 @@ def split_by_prompt(rows, count, seed):
 # --------------------------------------------------------------------- the shared command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not the None of flags whose help says what they are derived from."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def common_flags(parser, out, batch_size, lr_help):
     """Add the flags that every script has, with the same meaning."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = Help
     parser.allow_abbrev = False  # a flag that is not spelled out may one day mean another
     parser.error = lambda message: fail(f"{message}; see --help")
     flag = parser.add_argument_group("common").add_argument

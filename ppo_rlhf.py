@@ -872,7 +872,8 @@ def train(args):
 
 def parse_args(argv=None):
     """The command line; --help shows every default."""
-    parser = argparse.ArgumentParser(description="PPO, best-of-n and RAFT: see the docstring")
+    parser = argparse.ArgumentParser(description="PPO, best-of-n and RAFT: see the docstring. "
+                                     "A step is a rollout and its updates; the toy takes 40")
     common_flags(parser, out="runs/ppo_rlhf", batch_size=64,
                  lr_help="2e-4 below 10M parameters, else 1e-5; LoRA twice, or above 10M ten times "
                  "that")
