@@ -739,7 +739,7 @@ def train(args):
             values = torch.zeros_like(old)  # RAFT has none
             if args.algo == "ppo":
                 values = per_token(token_values, networks["value"], *rest)
-            checkpoint(args, step, float((old.sum() + values.sum() + scores.sum())), pressed,
+            checkpoint(args, step, float(old.sum() + values.sum() + scores.sum()), pressed,
                        networks, optimizer, beta=beta, rescore=rescore, rankings=rankings,
                        reward=reward[0].state_dict() if args.relabel_every else None)
 

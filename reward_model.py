@@ -17,7 +17,7 @@ Where this departs from the papers, and why:
    by changing the weights themselves. Ziegler et al. do so before training too, and train gain and
    bias along; InstructGPT shifts the mean only, to 0 on demonstrations.
 2. The learning rate falls to 0 after a warm-up (InstructGPT: cosine to 10 %), and Adam is the
-   scripts' common one. One epoch, as in both papers: on few comparisons more of them overfit.
+   scripts' common one. One epoch, as in both papers; InstructGPT reports that more overfit.
 3. Tied pairs are dropped, as in the paper, but the divisor stays C(K, 2): a ranking with ties says
    less and counts less.
 (Eq. (1) of Ziegler et al. is printed without its minus.)

@@ -542,7 +542,8 @@ def train(args):
     # 7. Compare with the start, loaded again now that the optimizer's memory is free.
     del optimizer
     first, _ = load_model(args.model, device=args.device)
-    columns, samples = evaluate(model, first, tokenizer, test, shown[:args.shown], args, autocast)
+    shown = shown[:8 if args.data else 256]
+    columns, samples = evaluate(model, first, tokenizer, test, shown, args, autocast)
     report(args.out, columns, samples)
     plot(args.out, [["loss"], ["mean_logps/chosen", "mean_logps/rejected"],
                     ["logps/chosen", "logps/rejected"]])
@@ -621,7 +622,6 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, DEFAULTS[args.loss].get(name))
     args.k = (4 if args.loss in RANKED else 2) if args.k is None else args.k
-    args.shown = 8 if args.data else 256
     args.samples = (4 if args.data else 1) if args.samples is None else args.samples
     check_flags(args, zero_allowed=("gamma_beta_ratio", "lam", "delta", "sft_weight",
                                     "length_bias"))
