@@ -158,15 +158,17 @@ class GatherEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, logsumexp, entropy = ctx.saved_tensors
         h = hidden.to(logsumexp.dtype)  # (N, D)
-        grad_h, grad_w = torch.zeros_like(h), torch.empty_like(weight, dtype=h.dtype)
+        grad_h = torch.zeros_like(h)
+        grad_w = torch.empty_like(weight, dtype=h.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(weight), GatherLogps.COLUMNS):
             columns = slice(start, start + GatherLogps.COLUMNS)
             w = weight[columns].to(h.dtype)  # (C, D)
             logp = h @ w.T - logsumexp[:, None]  # (N, C)
             grad_z = -grad[:, None] * logp.exp() * (logp + entropy[:, None])  # (N, C)
             grad_h.addmm_(grad_z, w)
-            torch.mm(grad_z.T, h, out=grad_w[columns])
-        return grad_h.to(hidden.dtype), grad_w.to(weight.dtype)
+            if grad_w is not None:
+                torch.mm(grad_z.T, h, out=grad_w[columns])
+        return grad_h.to(hidden.dtype), None if grad_w is None else grad_w.to(weight.dtype)
 
 
 def gather_entropy(hidden, weight):
@@ -521,6 +523,7 @@ def train(args):
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     online = state["online"]  # D_online
+    examples = usable(online, args.algo)
     if args.resume:
         restore(state, model, optimizer)
     count = args.rounds * args.batch_size  # samples in an episode: T rounds of a batch
@@ -532,13 +535,13 @@ def train(args):
     with open_log(args.out, args, state["step"]) as log, deferred_interrupt() as pressed:
         for step in progress:
             rng = random.Random(f"{args.seed} {step}")
-            if step % K == 0 or step == state["step"]:
-                # 3. Online: a new episode of samples, unless a resumed run has it already.
+            if step % K == 0:
+                # 3. Online: an episode of samples. (A run resumed here may have drawn it already.)
+                asked, seed = rng.choices(tasks, k=count), rng.getrandbits(62)
                 if len(online) < (step // K + 1) * count:
-                    online += try_out(model, tokenizer, rows, rng.choices(tasks, k=count),
-                                      rng.getrandbits(62), args, autocast)
+                    online += try_out(model, tokenizer, rows, asked, seed, args, autocast)
                 examples = usable(online, args.algo)
-                followed = sum(relabel(w, done) == w for _, w, done, _ in online[-count:]) / count
+            followed = sum(relabel(w, done) == w for _, w, done, _ in online[-count:]) / count
 
             # 4. Offline: draw a batch, relabel it, and write the alternatives beside it.
             batch = rng.choices(examples, k=args.batch_size) if examples else []

@@ -409,6 +409,10 @@ def train(args):
         generator, theirs = copy.deepcopy(model), tokenizer
         if args.generator:
             generator, theirs = load_model(args.generator, device=args.device)
+            context = getattr(generator.config, "max_position_embeddings", 1024)
+            if context < args.max_length:
+                fail(f"--generator {args.generator}: it can read {context} tokens; give "
+                     f"--max_length {context}")
 
         def draft(some, n, seed):
             tasks = [(i,) for i in range(len(some)) for _ in range(n)]
@@ -444,29 +448,30 @@ def train(args):
     progress = tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=None)
     with open_log(args.out, args, state["step"]) as log, deferred_interrupt() as pressed:
         for step in progress:
-            rng = random.Random(f"{args.seed} {step}")
+            # 3. From the second round on, exploration, Eq. (5): the corrector's own answers join
+            #    the pool. (A run resumed here may have done it already.)
+            if explored < step // K:
+                rng = random.Random(f"{args.seed} exploration {step}")
+                tasks = [(i, *rng.choice(answers)) for i, answers in enumerate(pool)
+                         for _ in range(args.explore)]
+                add(pool, tasks, respond(model, tokenizer, rows, tasks, rng.getrandbits(62),
+                                         args, autocast))
+                explored += 1
+
+            # 4. Pairing, Eq. (3), and the probability of each pair, Eq. (4).
             if step % K == 0 or step == state["step"]:
-                # 3. Exploration, Eq. (5): the corrector's own answers join the pool. (Not yet in
-                #    the first round; and a resumed run may have done it already.)
-                if explored < step // K:
-                    tasks = [(i, *rng.choice(answers)) for i, answers in enumerate(pool)
-                             for _ in range(args.explore)]
-                    add(pool, tasks, respond(model, tokenizer, rows, tasks, rng.getrandbits(62),
-                                             args, autocast))
-                    explored += 1
-                # 4. Pairing, Eq. (3), and the probability of each pair, Eq. (4).
                 lessons = [(i, *weigh(answers, tokenizer, args.alpha, args.beta))
                            for i, answers in enumerate(pool)]
                 lessons = [lesson for lesson in lessons if lesson[1]]
                 values = [v for answers in pool for _, v, _ in answers]
 
             # 5. Learning: a problem, a pair of answers to it, and the better one's likelihood.
-            batch = []
+            rng, batch = random.Random(f"{args.seed} {step}"), []
             for i, pairs, probabilities in rng.choices(lessons, k=args.batch_size):
                 (j, k), = rng.choices(pairs, probabilities)
                 ids, _, feedback = pool[i][j]
                 prompt = prompt_of(rows[i], tokenizer.decode(ids),
-                             feedback if args.feedback == "text" else "")
+                                   feedback if args.feedback == "text" else "")
                 batch.append((tokenizer.encode_prompt(prompt), pool[i][k][0]))
             if step == 0:
                 tokenizer.show(*batch[0])

@@ -28,13 +28,14 @@ import hir  # noqa: E402
 
 METHODS = {
     "hir": "", "hir, no contrast": "--alpha 0", "farl": "--algo farl",
-    "farl, no smoothing": "--algo farl --label_smoothing 0", "coh": "--algo coh",
+    "farl, no smoothing": "--algo farl --label_smoothing 0",
+    "farl, lr 1e-3": "--algo farl --lr 1e-3", "coh": "--algo coh",
     "hir, 2 requirements": "--requirements 2", "farl, 2 requirements": "--algo farl "
     "--requirements 2", "hir, 1 requirement": "--requirements 1",
     "farl, 1 requirement": "--algo farl --requirements 1",
 }
 COLUMNS = ("before", "after", "held_out", "length", "mood", "topic", "reviews", "used")
-PANELS = {"three requirements": ("hir", "hir, no contrast", "farl", "farl, no smoothing", "coh"),
+PANELS = {"three requirements": ("hir", "hir, no contrast", "farl", "farl, lr 1e-3", "coh"),
           "two requirements": ("hir, 2 requirements", "farl, 2 requirements"),
           "one requirement": ("hir, 1 requirement", "farl, 1 requirement")}
 
