@@ -491,12 +491,12 @@ def train(args):
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
     autocast = settle(args, model, lr_small=4e-3, lr=1e-5)
     state = load_state(args.out, args) if args.resume else {"step": 0, "online": []}
+    room = args.max_new_tokens  # behind a prompt; coh's chains hold two outputs and a word
+    room = 2 * room + len(tokenizer.encode(GOOD)) if args.algo == "coh" else room
+    length = lambda row, wanted: room + len(tokenizer.encode_prompt(ask(row, wanted, GOOD)))
     if args.data:
         rows = read_problems(args.data)
-        room = args.max_new_tokens  # coh's chains hold two outputs and a word between them
-        room = 2 * room + len(tokenizer.encode(GOOD)) if args.algo == "coh" else room
-        fits = [row for row in rows if room + len(tokenizer.encode_prompt(
-            ask(row, {"answer": "correct"}, GOOD))) <= args.max_length]
+        fits = [row for row in rows if length(row, {"answer": "correct"}) <= args.max_length]
         print(f"{len(rows)} problems; {len(rows) - len(fits)} dropped: no room for "
               f"--max_new_tokens {args.max_new_tokens} behind them")
         if len(fits) < 2:
@@ -511,6 +511,10 @@ def train(args):
         rows, choices = [{"prompt": ""}], CHOICES  # the instruction is the whole problem
         tasks = [(0, wanted) for wanted in toy_instructions(args.requirements, held_out=False)]
         new = [(0, wanted) for wanted in toy_instructions(args.requirements, held_out=True)]
+        longest = max(length(rows[0], wanted) for _, wanted in tasks + new)
+        if longest > args.max_length:
+            fail(f"--max_length {args.max_length}: the toy takes {longest} with --max_new_tokens "
+                 f"{args.max_new_tokens}")
         many = lambda some, count: (some * math.ceil(count / len(some)))[:count] if some else []
         groups = {"all": many(tasks, 400), "held_out": many(new, 96)}
         groups = {name: some for name, some in groups.items() if some}
@@ -619,8 +623,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("hindsight").add_argument
     flag("--algo", default="hir", choices=["hir", "farl", "coh"], help="farl: imitate the samples "
          "that did what was asked; coh: good and bad samples in one text, told apart in words")
-    flag("--episodes", type=int, default=8, help="times that samples are drawn and learnt from; "
-         "--epochs are passes over one episode's")
+    flag("--episodes", type=int, default=8, help="times that samples are drawn and learnt from "
+         "(--steps overrules it); --epochs are passes over one episode's")
     flag("--rounds", type=int, default=8, help="batches of samples in an episode")
     flag("--temperature", type=float, default=0.6, help="of the samples, also in the evaluation; "
          "near 1 label smoothing turns them to noise")

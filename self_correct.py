@@ -348,7 +348,7 @@ def evaluate(model, tokenizer, rows, tries, args, autocast):
     what the best of as many tries of the generator is worth, is told beside it.
     """
     chains = [[answers[0]] for answers in tries]
-    mean = lambda values: sum(values) / len(values) if values else math.nan
+    mean = lambda values: sum(values) / len(values)
     columns = {}
     for t in range(1 + args.corrections):
         if t:
@@ -368,7 +368,9 @@ def evaluate(model, tokenizer, rows, tries, args, autocast):
         column |= {"similarity/own_draft": mean(own), "similarity/other_draft": mean(other)}
         if t:
             column["changed"] = mean([chain[-1] != chain[-2] for chain in texts])
-            column["damaged"] = mean([chain[-1][1] < 1 for chain in chains if chain[-2][1] == 1])
+            were_perfect = [chain for chain in chains if chain[-2][1] == 1]
+            if were_perfect:
+                column["damaged"] = mean([chain[-1][1] < 1 for chain in were_perfect])
     return columns, texts
 
 
@@ -441,9 +443,9 @@ def train(args):
           f"value {sum(values) / len(values):.3f}, {count} pairs to learn from; {steps} steps in "
           f"rounds of {K}; lr {args.lr:g}")
     if steps and not count:
-        fail(f"no answer in the pool is better than another to the same problem (the best value is "
-             f"{max(values):g}), so there is nothing to learn; take a --generator that succeeds "
-             f"now and then, or a larger --pool than {args.pool}")
+        fail(f"no answer in the pool is better than another to the same problem (values: "
+             f"{min(values):g} to {max(values):g}), so there is nothing to learn; take a "
+             f"--generator that succeeds now and then, or a larger --pool than {args.pool}")
 
     progress = tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=None)
     with open_log(args.out, args, state["step"]) as log, deferred_interrupt() as pressed:
@@ -533,8 +535,8 @@ def parse_args(argv=None):
     flag("--alpha", type=float, default=10.0, help="higher learns from the largest improvements")
     flag("--beta", type=float, default=1.0, help="higher learns from the smallest edits")
     flag("--pool", type=int, default=8, help="answers of the generator to each problem")
-    flag("--rounds", type=int, default=4, help="of exploration and learning, --epochs passes over "
-         "the problems in each; 0 only corrects")
+    flag("--rounds", type=int, default=5, help="of exploration and learning, --epochs passes over "
+         "the problems in each (--steps overrules their number); 0 only corrects")
     flag("--explore", type=int, default=4, help="corrections of each problem's answers that a "
          "round adds to the pool")
     flag("--corrections", type=int, default=3, help="how often a draft is corrected in the "

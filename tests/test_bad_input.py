@@ -12,28 +12,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dpo  # noqa: E402
+import hir  # noqa: E402
 import model  # noqa: E402
 import ppo_rlhf  # noqa: E402
 import reward_model  # noqa: E402
+import self_correct  # noqa: E402
 import sft  # noqa: E402
 import simpo  # noqa: E402
 
 SCRIPTS = {"dpo": dpo, "sft": sft, "reward_model": reward_model, "ppo_rlhf": ppo_rlhf,
-           "simpo": simpo}
+           "simpo": simpo, "hir": hir, "self_correct": self_correct}
 QUICK = ["--batch_size", "2", "--max_new_tokens", "4", "--held_out", "1", "--device", "cpu"]
 PAIR = {"prompt": "I saw the film.", "chosen": " The cast was superb.", "rejected": " It was dull."}
 DEMO = {"prompt": "I saw the film.", "completion": " The cast was superb."}
+PROBLEM = {"prompt": "I saw the film.", "answer": "42"}
 KTO = {"prompt": "I saw the film.", "completion": " The cast was superb.", "label": True}
 RANKED = {"prompt": "I saw the film.", "responses": [" Good.", " Bad."], "ranks": [1, 2]}
 SHAPE = {"dpo": ('"chosen": "..."',), "sft": ('"completion": "..."',),
          "reward_model": ('"chosen": "..."', '"rejected": "..."'),
-         "simpo": ('"chosen": "..."', '"rejected": "..."')}
+         "simpo": ('"chosen": "..."', '"rejected": "..."'), "hir": ('"answer": "..."',),
+         "self_correct": ('"answer": "..."',)}
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
 
 def good(script, count=4):
     """Rows with different prompts that the script learns from without complaint."""
-    row = PAIR if script in ("dpo", "reward_model", "simpo") else DEMO
+    row = {"hir": PROBLEM, "self_correct": PROBLEM, "sft": DEMO, "ppo_rlhf": DEMO}.get(script, PAIR)
     return [row | {"prompt": f"I saw film number {i}."} for i in range(count)]
 
 
@@ -62,6 +66,8 @@ def quick(folders):
     flags["reward_model"] = [*QUICK, "--samples", "2"]
     flags["ppo_rlhf"] = [*QUICK, "--n", "2", "--samples", "2",
                          "--reward_model", str(folders["reward"])]
+    flags["hir"] = [*QUICK, "--rounds", "1"]
+    flags["self_correct"] = [*QUICK, "--pool", "2", "--rounds", "1", "--corrections", "1"]
     return flags
 
 
@@ -110,16 +116,18 @@ FILES_OF_BOTH = {
     "number": ("{good}\n\n3", (":3:", "not a JSON object")),
     "nested too deeply": ('{"prompt": ' + "[" * 100_000, (":1:", "not a JSON object")),
     "half a character": ('{good}\n{"prompt": "\\ud83d", "chosen": "a", "rejected": "b", '
-                         '"completion": "c"}\n{good}', (":2:", "surrogates")),
-    "missing prompt": ('{good}\n{"chosen": "a", "rejected": "b", "completion": "c"}',
+                         '"completion": "c", "answer": "d"}\n{good}', (":2:", "surrogates")),
+    "missing prompt": ('{good}\n{"chosen": "a", "rejected": "b", "completion": "c", "answer": "d"}',
                        (":2:", '"prompt" is missing', "a row looks like")),
-    "empty prompt": ('{"prompt": "", "chosen": "a", "rejected": "b", "completion": "c"}',
+    "empty prompt": ('{"prompt": "", "chosen": "a", "rejected": "b", "completion": "c", '
+                     '"answer": "d"}',
                      (":1:", '"prompt" is missing, empty')),
-    "prompt of no messages": ('{"prompt": [], "chosen": "a", "rejected": "b", "completion": "c"}',
+    "prompt of no messages": ('{"prompt": [], "chosen": "a", "rejected": "b", "completion": "c", '
+                              '"answer": "d"}',
                               (":1:", '"prompt" is missing, empty or not a text')),
     "only one prompt": ("{good0}\n{good0}\n{good0}", ("two different prompts", "held out")),
     "chat without a template": ('{"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", '
-                                '"rejected": "b", "completion": "c"}\n{good}',
+                                '"rejected": "b", "completion": "c", "answer": "d"}\n{good}',
                                 ("no chat template", "give prompts as strings")),
 }
 
@@ -144,7 +152,8 @@ RESPONSES = {"missing": None, "empty": "", "whitespace": " \n\t", "a number": 3,
 
 @pytest.mark.parametrize("script, key", [
     ("dpo", "chosen"), ("dpo", "rejected"), ("sft", "completion"), ("reward_model", "chosen"),
-    ("reward_model", "rejected"), ("simpo", "chosen"), ("simpo", "rejected")])
+    ("reward_model", "rejected"), ("simpo", "chosen"), ("simpo", "rejected"), ("hir", "answer"),
+    ("self_correct", "answer")])
 @pytest.mark.parametrize("name", RESPONSES)
 def test_bad_response(name, script, key, tmp_path, capsys, out):
     """A response that is missing, empty or no text is named with its key, file and line."""
@@ -316,7 +325,7 @@ FLAGS = {
     "beta 0": (("dpo", "simpo"), "--beta 0", ("--beta 0", "above 0")),
     "beta nan": (("dpo", "simpo"), "--beta nan", ("--beta nan", "must be a number")),
     "tau 0": (("dpo",), "--loss ipo --tau 0", ("--tau 0", "above 0")),
-    "negative alpha": (("dpo",), "--alpha -1", ("--alpha -1", "not below 0")),
+    "negative alpha": (("dpo", "hir", "self_correct"), "--alpha -1", ("--alpha -1", "not below 0")),
     "smoothing of more than half": (("dpo",), "--label_smoothing 0.6",
                                     ("--label_smoothing 0.6", "half")),
     "no samples": (("dpo", "simpo"), "--samples 0", ("--samples 0", "above 0")),
@@ -343,21 +352,91 @@ FLAGS = {
                                ("--lam has no part in --loss simpo", "leave it out")),
     "no row fits beside the prompt": (("simpo",), "--data {good} --max_length 2",
                                       ("--max_length 2", "no row is left", "data.jsonl")),
+    "no problem fits": (("hir", "self_correct"), "--data {good} --max_length 6",
+                        ("data.jsonl", "not two problems", "--max_length 6", "--max_new_tokens 4")),
+    "smoothing of everything": (("hir",), "--label_smoothing 1",
+                                ("--label_smoothing 1", "below 1")),
+    "negative smoothing": (("hir",), "--label_smoothing -0.1",
+                           ("--label_smoothing -0.1", "not below 0")),
+    "more wrong answers than one": (("hir",), "--alternatives 2 --data {good}",
+                                    ("--alternatives", "--data", "only one")),
+    "no alternatives": (("hir",), "--alternatives 0", ("--alternatives 0", "above 0")),
+    "contrast without hindsight": (("hir",), "--algo farl --alpha 1",
+                                   ("--alpha has no part in --algo farl", "leave it out")),
+    "entropy in a chain": (("hir",), "--algo coh --beta 0.001",
+                           ("--beta has no part in --algo coh", "leave it out")),
+    "alternatives in a chain": (("hir",), "--algo coh --alternatives 1",
+                                ("--alternatives has no part in --algo coh",)),
+    "a fourth requirement": (("hir",), "--requirements 4", ("--requirements", "4", "--help")),
+    "unknown algorithm": (("hir",), "--algo rlhf", ("--algo", "'rlhf'", "'farl'", "--help")),
+    "temperature 0": (("hir",), "--temperature 0", ("--temperature 0", "above 0")),
+    "no episodes": (("hir",), "--episodes 0", ("--episodes 0", "above 0")),
+    "no rounds": (("hir",), "--rounds 0", ("--rounds 0", "above 0")),
+    "negative rounds": (("hir", "self_correct"), "--rounds -1", ("--rounds -1",)),
+    "negative warm-up": (("hir", "self_correct"), "--warm_up -1", ("--warm_up -1", "not below 0")),
+    "more plays than there are": (("self_correct",), "--problems 3000",
+                                  ("--problems 3000", "5814 plays")),
+    "no problems": (("self_correct",), "--problems 0", ("--problems 0", "above 0")),
+    "unknown feedback": (("self_correct",), "--feedback score",
+                         ("--feedback", "'score'", "'none'", "--help")),
+    "generator in an empty folder": (("self_correct",), "--data {good} --generator {empty}",
+                                     ("empty", "no config.json")),
+    "no such generator": (("self_correct",), "--data {good} --generator no-such-model",
+                          ("no-such-model", "check the spelling")),
+    "reward model as the generator": (("self_correct",), "--data {good} --generator {reward}",
+                                      ("reward: a reward model", "language model is needed")),
+    "no pool": (("self_correct",), "--pool 0", ("--pool 0", "above 0")),
+    "no exploration": (("self_correct",), "--explore 0", ("--explore 0", "above 0")),
+    "no corrections": (("self_correct",), "--corrections 0", ("--corrections 0", "above 0")),
+    "negative value": (("self_correct",), "--stop_at -1", ("--stop_at -1", "not below 0")),
+    "beta inf": (("hir", "self_correct"), "--beta inf", ("--beta inf", "must be a number")),
     "resume nothing": (BOTH, "--data {good} --resume", ("--resume", "no interrupted run in",
                                                         "start one without --resume")),
 }
 
 
 @pytest.mark.parametrize("script, name", [(s, n) for n, case in FLAGS.items() for s in case[0]])
-def test_bad_flag(name, script, tmp_path, capsys, out, quick):
+def test_bad_flag(name, script, tmp_path, capsys, out, quick, folders):
     """A flag that cannot be meant ends with its name, its value and what would be right."""
     _, flags, fragments = FLAGS[name]
     (tmp_path / "empty").mkdir()
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, good(script))))
-    names = {"good": path, "empty": tmp_path / "empty"}
+    names = folders | {"good": path, "empty": tmp_path / "empty"}
     argv = [word.format(**names) for word in flags.split()]
     fails(script, [*quick[script], *argv], capsys, fragments, out)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """answers(*texts): from now on self_correct.py samples these, over and over in turn."""
+
+    def install(*texts):
+        def sample(model, tokenizer, prompts, *_):
+            return [tokenizer.encode(texts[i % len(texts)]) + [tokenizer.eos_id]
+                    for i in range(len(prompts))]
+
+        monkeypatch.setattr(self_correct, "sample", sample)
+
+    return install
+
+
+@pytest.mark.parametrize("texts, best", [((" 41", " 43"), "0"), ((" 42", "42"), "1")])
+def test_a_pool_without_pairs(texts, best, tmp_path, capsys, out, quick, answers):
+    """All answers are equally bad, or equally good: told with their value and what to do."""
+    answers(*texts)
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, good("self_correct"))))
+    fails("self_correct", [*quick["self_correct"], "--data", str(path)], capsys,
+          ("no answer in the pool is better", f"(values: {best} to {best})", "--generator",
+           "a larger --pool than 2"), out)
+
+
+def test_a_toy_pool_without_pairs(capsys, out, quick, answers):
+    """The toy has values between 0 and 1, and the range of them is told."""
+    answers(" Nothing.")
+    fails("self_correct", [*quick["self_correct"], "--problems", "2", "--warm_up", "0"], capsys,
+          ("(values: 0 to 0)",), out)
 
 
 # Of ppo_rlhf.py alone, beside --batch_size 2 --n 2: flags, fragments.
@@ -515,7 +594,8 @@ def interrupted(script, folder, flags):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     folder.mkdir(exist_ok=True)
     model.save_state(folder, args, policy, optimizer, step=1, reference={}, beta=0.02, rescore=True,
-                     rankings=[], reward=None)
+                     rankings=[], reward=None, online=[], before=[{}, []], pool=[], tries=[],
+                     explored=0)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
 
 
@@ -538,7 +618,11 @@ class Bomb:
     ("ppo_rlhf", ["--kl_target", "2"], ("--kl_target None, not 2.0", "give the same flags")),
     ("ppo_rlhf", ["--algo", "raft"], ("--algo ppo, not raft",)),
     ("simpo", ["--loss", "cpo"], ("--loss simpo, not cpo",)),
-    ("simpo", ["--gamma_beta_ratio", "0.3"], ("--gamma_beta_ratio 0.5, not 0.3", "same flags"))])
+    ("simpo", ["--gamma_beta_ratio", "0.3"], ("--gamma_beta_ratio 0.5, not 0.3", "same flags")),
+    ("hir", ["--algo", "farl"], ("--algo hir, not farl",)),
+    ("hir", ["--label_smoothing", "0"], ("--label_smoothing 0.2, not 0.0", "same flags")),
+    ("self_correct", ["--feedback", "none"], ("--feedback text, not none",)),
+    ("self_correct", ["--generator", "tiny"], ("--generator None, not tiny", "same flags"))])
 def test_resume_with_other_flags(script, other, fragments, tmp_path, capsys, quick):
     """Going on with other flags would be another run: the flag and both values are told."""
     path = tmp_path / "data.jsonl"
@@ -550,7 +634,8 @@ def test_resume_with_other_flags(script, other, fragments, tmp_path, capsys, qui
 
 @pytest.mark.parametrize("script, first", [
     ("dpo", "sft"), ("sft", "dpo"), ("reward_model", "ppo_rlhf"), ("ppo_rlhf", "reward_model"),
-    ("reward_model", "dpo"), ("simpo", "dpo"), ("reward_model", "simpo")])
+    ("reward_model", "dpo"), ("simpo", "dpo"), ("reward_model", "simpo"), ("hir", "self_correct"),
+    ("self_correct", "hir"), ("hir", "dpo"), ("sft", "self_correct")])
 def test_resume_the_other_script(script, first, tmp_path, capsys, quick):
     """A state of another script is not taken for one's own, whichever flags both have."""
     path = tmp_path / "data.jsonl"
@@ -582,9 +667,13 @@ def test_resume_a_corrupt_state(script, kind, tmp_path, capsys, quick):
 # ------------------------------------------------------------------------------- a loss of NaN
 
 
-@pytest.mark.parametrize("script", ["dpo", "sft", "reward_model", "simpo"])
-def test_nan_leaves_a_good_state(script, tmp_path, capsys, monkeypatch, quick):
+LEARNS_FROM_ROWS = ["dpo", "sft", "reward_model", "simpo", "hir", "self_correct"]
+
+
+@pytest.mark.parametrize("script", LEARNS_FROM_ROWS)
+def test_nan_leaves_a_good_state(script, tmp_path, capsys, monkeypatch, quick, answers):
     """A loss of NaN stops with the step and --lr; the last state is finite and can be resumed."""
+    answers(" 41", " 42")  # so that self_correct.py has pairs
     path, run = tmp_path / "data.jsonl", tmp_path / "run"
     path.write_text("\n".join(map(json.dumps, good(script, 8))))
     flags = ["--data", str(path), *quick[script], "--steps", "5", "--save_every", "1",
@@ -635,9 +724,10 @@ def test_nan_inside_a_rollout_of_ppo(tmp_path, capsys, monkeypatch, quick):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_nan_from_the_very_last_update(script, tmp_path, capsys, quick):
+def test_nan_from_the_very_last_update(script, tmp_path, capsys, quick, answers):
     """The last update can be the ruinous one, and of PPO the last of each step: also then one line
     that says so, instead of a traceback out of the sampling or the table that follow."""
+    answers(" 41", " 42")  # so that self_correct.py has pairs
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, good(script, 8))))
     once = ["--ppo_epochs", "1", "--minibatches", "1"] * (script == "ppo_rlhf")
@@ -650,9 +740,10 @@ def test_nan_from_the_very_last_update(script, tmp_path, capsys, quick):
         assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["dpo", "sft", "reward_model", "simpo"])
-def test_nan_without_a_state_promises_none(script, tmp_path, capsys, quick):
+@pytest.mark.parametrize("script", LEARNS_FROM_ROWS)
+def test_nan_without_a_state_promises_none(script, tmp_path, capsys, quick, answers):
     """Where no state was saved yet, the error must not send its reader to --resume."""
+    answers(" 41", " 42")  # so that self_correct.py has pairs
     path, run = tmp_path / "data.jsonl", tmp_path / "run"
     path.write_text("\n".join(map(json.dumps, good(script, 8))))
     with pytest.raises(SystemExit) as stop:

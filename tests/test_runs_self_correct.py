@@ -64,7 +64,7 @@ def items(tmp_path_factory):
 def critic(tmp_path_factory):
     """The folder of tiny after a short warm-up: its drafts are sometimes worth something."""
     model, tokenizer = hub.load_model("tiny")
-    args = self_correct.parse_args(["--warm_up", "60"])
+    args = self_correct.parse_args(["--warm_up", "40"])
     rows = self_correct.toy_rows(64, False)
     self_correct.toy_warm_up(model, tokenizer, rows, args, torch.autocast("cpu", enabled=False))
     hub.save_model(model, tokenizer, tmp_path_factory.mktemp("critic"))
@@ -84,8 +84,9 @@ def other(tmp_path_factory):
 @pytest.fixture
 def bare(monkeypatch):
     """Runs without their evaluation and curves, for tests of the training alone."""
+    column = {"value": 0.0, "stop_rule/value": 0.0, "resampled/value": 0.0}
     monkeypatch.setattr(self_correct, "evaluate", lambda model, tokenizer, rows, tries, args, _: (
-        {name: {"x": 0.0} for name in ("draft", *map(str, range(1, 1 + args.corrections)))}, []))
+        {name: column for name in ("draft", *map(str, range(1, 1 + args.corrections)))}, []))
     monkeypatch.setattr(self_correct, "plot", lambda *_, **__: None)
 
 
@@ -160,18 +161,18 @@ def interrupt_at(monkeypatch, when):
 # ------------------------------------------------------------------------------ what they leave
 
 
-def test_a_toy_run_leaves_what_is_promised(tmp_path, capsys):
-    """From tiny, with a warm-up: a model that plain transformers loads, flags, log, curves, the
-    traces of held-out drafts, and the table of three corrections."""
-    flags = ("--problems 16 --pool 8 --rounds 2 --epochs 1 --batch_size 8 --warm_up 30 "
-             "--max_new_tokens 24 --device cpu --out").split()
-    last = self_correct.main([*flags, str(tmp_path)])
+def test_a_toy_run_leaves_what_is_promised(tmp_path, critic, capsys):
+    """The whole path, warm-up included: a model that plain transformers loads, flags, log, curves,
+    the traces of held-out drafts, and the table of three corrections."""
+    flags = ("--problems 16 --pool 4 --explore 2 --rounds 2 --epochs 1 --batch_size 8 --warm_up 2 "
+             "--max_new_tokens 20 --device cpu --out").split()
+    last = self_correct.main([*flags, str(tmp_path), "--model", critic])
     assert [*results(tmp_path)] == ["draft", "1", "2", "3"]
-    assert {key: x for key, x in results(tmp_path)["3"].items() if x == x} == {
-        key: x for key, x in last.items() if x == x}
+    assert results(tmp_path)["3"] == last
     names = {f"{rule}{v}" for rule in ("", "stop_rule/", "resampled/") for v in ("value", "perfect")
              } | {"similarity/own_draft", "similarity/other_draft"}
-    assert {*results(tmp_path)["draft"]} == names and {*last} == names | {"changed", "damaged"}
+    assert {*results(tmp_path)["draft"]} == names
+    assert {*last} - {"damaged"} == names | {"changed"}  # damaged: if any was perfect before
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -182,7 +183,7 @@ def test_a_toy_run_leaves_what_is_promised(tmp_path, capsys):
         assert torch.allclose(plain.eval()(ids).logits, mine(ids).logits, atol=1e-4)
         assert not torch.allclose(start(ids).logits, mine(ids).logits, atol=1e-2)
     used = json.loads((tmp_path / "args.json").read_text())
-    assert (used["pool"], used["rounds"], used["alpha"], used["lr"]) == (8, 2, 10.0, 2e-3)
+    assert (used["pool"], used["rounds"], used["alpha"], used["lr"]) == (4, 2, 10.0, 2e-3)
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {*rows[0]} == {"step", "loss", "grad_norm", "lr", "pool/answers", "pool/value",
@@ -194,11 +195,9 @@ def test_a_toy_run_leaves_what_is_promised(tmp_path, capsys):
     for name in ("prompt", "draft ", "1     ", "2     ", "3     "):
         assert len(re.findall(f"^{name}:", text, re.M)) == 12
     assert "prompt: Tonight: " in text and "stop_rule/perfect" in text
-    assert "damaged" in capsys.readouterr().out
+    assert "similarity/own_draft" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="damaged is the mean of nothing, NaN, if no answer was "
-                   "perfect before a correction: results.json is then no JSON for most readers")
 def test_no_nan_in_the_results(tmp_path, items, stub, monkeypatch):
     """A table of drafts that are all wrong is still JSON without NaN."""
     monkeypatch.setattr(self_correct, "appraise", lambda row, text, ended: (0.0, "Wrong."))
@@ -250,7 +249,6 @@ def test_exploration_adds_new_answers_once(tmp_path, items, stub, seen, bare):
         assert {call["model"] for call in explorations} <= {corrector}
         tokenizer = hub.load_model("tiny")[1]
         known = [[] for _ in seen.pool]
-        counts = []
         for n, call in enumerate([drafts, *explorations]):
             assert all(("Draft:" in prompt) == bool(n) for prompt in call["prompts"])
             assert len(call["texts"]) == 18 * (2 if n else 4)
@@ -272,15 +270,6 @@ def test_exploration_adds_new_answers_once(tmp_path, items, stub, seen, bare):
         assert log(tmp_path)[-1]["pool/value"] == sum(values) / len(values)
         fixed = any("fix" in text for texts in before for text in texts)
         assert fixed == (rounds == "3")
-
-
-@pytest.mark.xfail(strict=True, reason="with --steps beyond rounds * K the loop goes on exploring "
-                   "in rounds that --rounds does not have")
-def test_steps_do_not_add_rounds(tmp_path, items, stub, seen, bare):
-    """--rounds 1 has no exploration, however many steps it takes."""
-    self_correct.main([*DATA, *"--rounds 1 --steps 6 --data".split(), items,
-                       "--out", str(tmp_path)])
-    assert seen.explored == 0
 
 
 # --------------------------------------------------------------------------- the generator
@@ -339,6 +328,22 @@ def test_generator_with_another_tokenizer(tmp_path, items, other, stub, seen, ba
         assert value == 0 or " yes " in mine.decode(ids)
 
 
+def test_generator_with_a_shorter_context(tmp_path, items, stub, capsys):
+    """A generator that cannot read what the corrector can is refused, with what would do."""
+    model, tokenizer = hub.load_model("tiny")
+    model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:256])
+    model.config.n_positions = 256
+    hub.save_model(model, tokenizer, tmp_path / "short")
+    argv = [*DATA, "--data", items, "--generator", str(tmp_path / "short"), "--out",
+            str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        self_correct.main(argv)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--max_length 256" in error and not (tmp_path / "out").exists()
+    self_correct.main([*argv, *"--rounds 0 --corrections 1 --max_length 256".split()])
+    assert [*results(tmp_path / "out")] == ["draft", "1"]
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_rounds_0_only_corrects(tmp_path, own, items, other, stub, capsys):
     """No update: the weights are those that were loaded, and the table is there all the same."""
@@ -355,7 +360,7 @@ def test_rounds_0_only_corrects(tmp_path, own, items, other, stub, capsys):
 
 
 def test_each_flag_of_the_training_is_used(tmp_path, critic, stub, bare):
-    """Each of these gives other weights, and --steps 0 rounds apart the same flags the same."""
+    """Each of these gives other weights, and a flag at its default the same."""
     flags = ["", "--seed 0", "--alpha 0", "--beta 20", "--pool 5", "--explore 3",
              "--feedback none", "--rounds 2"]
     found = {}
@@ -371,7 +376,7 @@ def test_flags_of_the_evaluation_change_the_table_only(tmp_path, critic, monkeyp
     """--stop_at and --corrections leave the weights as they are, but not the table."""
     monkeypatch.setattr(self_correct, "plot", lambda *_, **__: None)
     tables, hashes = [], set()
-    for n, flag in enumerate(("", "--stop_at 0.3", "--corrections 2")):
+    for n, flag in enumerate(("", "--stop_at 0", "--corrections 2")):
         out = tmp_path / str(n)
         self_correct.main([*TOY, *"--rounds 2 --steps 3".split(), "--model", critic, *flag.split(),
                            "--out", str(out)])
@@ -516,14 +521,14 @@ def ends_with_one_line(argv, capsys, best):
         self_correct.main(argv)
     line, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert stop.value.code == 2
-    for words in (f"the best value is {best})", "--generator", "--pool"):
+    for words in (f"(values: {best} to {best})", "--generator", "--pool"):
         assert words in line
     return line
 
 
 def test_pool_without_improvement(tmp_path, items, stub, monkeypatch, capsys):
-    """If no answer is better than another there is nothing to learn: the best value is told, and
-    what to do, and nothing is written."""
+    """If no answer is better than another there is nothing to learn: the values are told, and what
+    to do, and nothing is written."""
     for best in (0, 1):
         monkeypatch.setattr(self_correct, "appraise", lambda *_: (float(best), "So it is."))
         line = ends_with_one_line([*DATA, "--pool", "3", "--data", items, "--out",
@@ -540,7 +545,7 @@ def test_real_questions(tmp_path, capsys, bare):
         self_correct.main(argv)
     except SystemExit as stop:
         error = capsys.readouterr().err.splitlines()[-1]
-        assert stop.code == 2 and "the best value is" in error
+        assert stop.code == 2 and "(values: 0 to 0)" in error
     else:
         assert len(log(tmp_path)) == 2
 
