@@ -387,7 +387,7 @@ def train(args):
     """Run the algorithm; returns final metrics; leaves model, log and samples in args.out."""
     # 1. The corrector, and the problems.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    autocast = settle(args, model, lr_small=2e-3, lr=1e-5)
+    autocast = settle(args, model, lr_small=1e-3, lr=1e-5)
     state = load_state(args.out, args) if args.resume else {"step": 0, "explored": 0}
     if args.data:
         rows = read_problems(args.data)
@@ -524,7 +524,7 @@ def parse_args(argv=None):
     """The command line; --help shows every default."""
     parser = argparse.ArgumentParser(description="Learning to self-correct: see the docstring")
     common_flags(parser, out="runs/self_correct", batch_size=32,
-                 lr_help="2e-3 below 10M parameters, else 1e-5; LoRA twice, or above 10M ten times "
+                 lr_help="1e-3 below 10M parameters, else 1e-5; LoRA twice, or above 10M ten times "
                  "that")
     parser.set_defaults(epochs=4.0)
     flag = parser.add_argument_group("self-correction").add_argument

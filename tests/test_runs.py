@@ -50,7 +50,8 @@ def test_dpo_improves_the_true_reward(tmp_path):
     assert len(log(tmp_path)) == 40 and not (tmp_path / "state.pt").exists()
 
 
-@pytest.mark.parametrize("loss", ["ipo", "ipo_mean", "rdpo", "kto"])
+@pytest.mark.parametrize("loss", ["ipo", *(pytest.param(loss, marks=pytest.mark.slow)
+                                          for loss in ("ipo_mean", "rdpo", "kto"))])
 def test_relatives_widen_the_margin(tmp_path, loss):
     """Each relative, 30 steps: on held-out pairs the margin grows and most are ranked right."""
     after = dpo.main(["--loss", loss, "--out", str(tmp_path),
@@ -280,6 +281,7 @@ def test_labelled_rows_for_kto(tmp_path):
     assert after["rewards/margin"] > 0.05 and "rewards/accuracy" not in after
 
 
+@pytest.mark.slow
 def test_beta_holds_the_policy_back(tmp_path):
     """A higher beta ends nearer to the reference (one lecture says both that and the opposite)."""
     kl = []
@@ -289,6 +291,7 @@ def test_beta_holds_the_policy_back(tmp_path):
     assert kl[0] > 1.5 * kl[1]
 
 
+@pytest.mark.slow
 def test_pretraining_is_deterministic(tmp_path):
     """The command that made tiny/, cut short: two runs, the same tokenizer and the same weights."""
     for out in "ab":

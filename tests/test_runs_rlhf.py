@@ -118,6 +118,7 @@ def test_ppo_raises_the_true_reward(tmp_path):
     assert not torch.equal(mine.lm_head.weight, start.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_ppo_climbs_the_reward_model(tmp_path, reward_run):
     """With a reward model that ranks well, its scores rise and the true reward follows."""
     flags = "--steps 8 --batch_size 32 --lr 5e-4 --samples 16 --device cpu --out".split()
@@ -166,7 +167,8 @@ def test_same_seed_same_weights(tmp_path, script, flags_of):
 @pytest.mark.parametrize("script, extra", [
     (reward_model, []), (reward_model, ["--lora_rank", "2"]), (ppo_rlhf, ["--kl_target", "1"]),
     (ppo_rlhf, ["--lora_rank", "2"]), (ppo_rlhf, ["--algo", "raft"]),
-    (ppo_rlhf, ["--relabel_every", "2", "--relabel_rankings", "8"])])
+    pytest.param(ppo_rlhf, ["--relabel_every", "2", "--relabel_rankings", "8"],
+                 marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(tmp_path, script, extra, flags_of, reward_run, monkeypatch,
                                       capsys):
     """Ctrl-C after three steps and --resume: the same bits, weights and metrics, as without

@@ -183,7 +183,7 @@ def test_a_toy_run_leaves_what_is_promised(tmp_path, critic, capsys):
         assert torch.allclose(plain.eval()(ids).logits, mine(ids).logits, atol=1e-4)
         assert not torch.allclose(start(ids).logits, mine(ids).logits, atol=1e-2)
     used = json.loads((tmp_path / "args.json").read_text())
-    assert (used["pool"], used["rounds"], used["alpha"], used["lr"]) == (4, 2, 10.0, 2e-3)
+    assert (used["pool"], used["rounds"], used["alpha"], used["lr"]) == (4, 2, 10.0, 1e-3)
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {*rows[0]} == {"step", "loss", "grad_norm", "lr", "pool/answers", "pool/value",

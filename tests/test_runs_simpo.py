@@ -84,6 +84,7 @@ def test_simpo_raises_the_true_quality(tmp_path):
     assert all(math.isfinite(x) for row in log(tmp_path) for x in row.values())
 
 
+@pytest.mark.slow
 def test_lesson_compares_four_runs(tmp_path):
     """--lesson leaves one table of all columns, the bars, and a run with its own flags for each."""
     simpo.main([*SHORT, "--lesson", "--max_new_tokens", "16", "--out", str(tmp_path)])
