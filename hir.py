@@ -8,7 +8,7 @@ random instructions p; replace each p by p*, the instruction that o obeys; minim
     L_sup = -log M(o|p*),  L_con = -log(P_1 / sum_k P_k),  L_ent = sum_v M(v) log M(v)
 
 P_k is exp of o's mean log-prob per token under the instruction p_k, p_1 = p* being the one that o
-obeys. The contrast is what keeps the model from ignoring its instructions.
+obeys. The contrast is there to keep the model from ignoring its instructions.
 
     python hir.py                                  # toy: reviews of a given length, mood and topic
     python hir.py --data mine.jsonl --model gpt2   # lines of {"prompt": ..., "answer": ...}
@@ -17,11 +17,11 @@ obeys. The contrast is what keeps the model from ignoring its instructions.
 Where this departs from the paper, or its code from the paper, and why:
  1. The model is decoder-only (paper: FLAN-T5). It reads [p; q], the instruction before the problem
     q, and the loss is on the output and its EOS.
- 2. Text and code of the paper contrast with other instructions for the same problem, while its
-    equation runs over the problems of a batch. Here as in the text: --alternatives instructions of
-    the same problem, each wrong in one requirement. With --data there is but one: "wrong" for
-    "correct". As in the code, P_k is a mean per token and label smoothing applies to L_con too (so
-    it is least where P_1's share is 1 - e, not 1), but without the 1e-8 inside its logarithms.
+ 2. The paper's L_con runs over the instructions and problems of a batch, its code over the two
+    instructions of one problem. Here as in the code: --alternatives of the instruction, each wrong
+    in one requirement; with --data there is but one, "wrong" for "correct". As in the code, P_k is
+    a mean per token and label smoothing applies to L_con too (so it is least where P_1's share is
+    1 - e, not 1), but without the 1e-8 inside its logarithms.
  3. Samples are drawn at --temperature 0.6 (paper: 1). At 1 the defaults undo themselves: L_sup with
     e = 0.2 asks for a random token one time in five, and the next episode samples that.
  4. The paper's code trains on "Solve question with correct answer." and asks with "Solve the
@@ -33,6 +33,8 @@ Where this departs from the paper, or its code from the paper, and why:
  7. Of the toy's 48 instructions 8 are never asked in training. Hindsight may still meet them.
  8. FARL and Chain of Hindsight have L_sup only, the latter without its masking of past tokens and
     its pretraining term.
+ 9. An episode's samples are passed over 5 times in batches of 32 (paper: 10 times, 64), and the
+    learning rate above 10M parameters is 1e-5 (paper: 5e-4, for T5).
 """
 
 import argparse

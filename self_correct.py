@@ -6,13 +6,13 @@ a pool D_x of answers to the same x whose value v is known:
 
     D_x = {(x, y, v(y), f(y)) : y ~ p0(.|x)}                                                  (2)
     P_x = {(x, y, y') : v(y) < v(y')}                                                          (3)
-    Pr(y, y'|x) ~ exp(alpha (v(y') - v(y)) + beta s(y, y')) / Z(y)                             (4)
+    Pr(y'|y, x) = exp(alpha (v(y') - v(y)) + beta s(y, y')) / Z(y)                             (4)
     D_x <- D_x + {(x, y', v(y'), f(y')) : y' ~ p(.|y, x, f(y))}                                (5)
 
 and its loss is -log p(y'|y, x, f(y)). s is the similarity of two answers, and Z(y) sums over the
-pairs of y, so that each y which has a better answer is drawn alike. Large improvements are drawn
-more often (alpha), and so are small edits (beta). With values of 0 and 1 all pairs improve by 1:
-alpha then cancels in Z(y), and beta alone decides.
+pairs of y; first x, then y is drawn, each that has a better answer alike. Large improvements are
+drawn more often (alpha), and so are small edits (beta). With values of 0 and 1 all pairs improve by
+1: alpha then cancels in Z(y), and beta alone decides.
 
     python self_correct.py                                  # toy: rude reviews, made kind
     python self_correct.py --data mine.jsonl --model gpt2   # lines of {"prompt", "answer"}
@@ -29,6 +29,7 @@ Where this departs from the paper, and why:
    must read its draft; one that writes afresh is found out by similarity/own_draft.
 6. The toy begins by teaching `tiny` two things that a pretrained model can do: to draft, and to
    copy a text. The generator is that model, and the corrector starts as it.
+7. The loss is a mean over the tokens of a batch, so that a long answer weighs as in sft.py.
 """
 
 import argparse

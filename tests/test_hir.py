@@ -142,7 +142,7 @@ def test_entropy_in_chunks(columns, monkeypatch):
 
 def examples(tokenizer):
     texts = [("Write a short, kind review:", " The cast was superb."),
-             ("Write a long, bad review of the plot:", " The plot was dull. I found the cast weak."),
+             ("Write a long, bad review of it:", " The plot was dull. I found the cast weak."),
              ("Hm:", " It was.")]
     return [(tokenizer.encode_prompt(p), tokenizer.encode(r) + [tokenizer.eos_id])
             for p, r in texts]

@@ -72,8 +72,9 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("script", [
-    *(f"{name}.py" for name in SCRIPTS), "benchmarks/gather.py", "benchmarks/dpo_step.py",
-    "benchmarks/reward_hacking.py", "benchmarks/objectives.py", "benchmarks/hindsight.py"])
+    *(f"{name}.py" for name in SCRIPTS),
+    *(pytest.param(f"benchmarks/{name}.py", marks=pytest.mark.slow) for name in (
+        "gather", "dpo_step", "reward_hacking", "objectives", "hindsight"))])
 def test_help(script):
     """--help exits 0 and shows defaults, without importing transformers or matplotlib."""
     code = ("import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"

@@ -127,7 +127,6 @@ def test_hindsight_teaches_the_length(tmp_path, monkeypatch):
 def test_smoothing_undoes_itself_at_temperature_one(tmp_path, bare, monkeypatch):
     """With the default --label_smoothing a trained model sampled at temperature 1 writes far fewer
     reviews than at the default one: smoothing asks for a random token one time in five."""
-    original = hir.evaluate
     flags = ("--requirements 1 --episodes 1 --rounds 8 --epochs 3 --warm_up 30 --batch_size 16 "
              "--max_new_tokens 24 --device cpu")
     hir.main([*flags.split(), "--out", str(tmp_path)])
@@ -359,8 +358,9 @@ def test_accumulation_changes_nothing(tmp_path, algo, extra, bare):
 
 
 @pytest.mark.parametrize("at, extra", [
-    (0, "--algo hir"), (3, "--algo hir"), (4, "--algo hir"), (4, "--algo farl"),
-    (6, "--algo coh --lora_rank 2"), (8, "--algo coh")])
+    (3, "--algo hir"), (4, "--algo hir"), (6, "--algo coh --lora_rank 2"),
+    *(pytest.param(*some, marks=pytest.mark.slow)
+      for some in ((0, "--algo hir"), (4, "--algo farl"), (8, "--algo coh")))])
 def test_resumed_equals_uninterrupted(tmp_path, at, extra, bare, monkeypatch, capsys):
     """Ctrl-C before the first update, inside an episode and at the border of two, and --resume: the
     same bits, weights and metrics, as without (pytorch/rl#4188, NVIDIA-NeMo/RL#3171); and no

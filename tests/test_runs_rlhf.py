@@ -165,8 +165,9 @@ def test_same_seed_same_weights(tmp_path, script, flags_of):
 
 
 @pytest.mark.parametrize("script, extra", [
-    (reward_model, []), (reward_model, ["--lora_rank", "2"]), (ppo_rlhf, ["--kl_target", "1"]),
-    (ppo_rlhf, ["--lora_rank", "2"]), (ppo_rlhf, ["--algo", "raft"]),
+    (reward_model, []), (ppo_rlhf, ["--kl_target", "1"]), (ppo_rlhf, ["--algo", "raft"]),
+    pytest.param(reward_model, ["--lora_rank", "2"], marks=pytest.mark.slow),
+    pytest.param(ppo_rlhf, ["--lora_rank", "2"], marks=pytest.mark.slow),
     pytest.param(ppo_rlhf, ["--relabel_every", "2", "--relabel_rankings", "8"],
                  marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(tmp_path, script, extra, flags_of, reward_run, monkeypatch,
@@ -348,6 +349,7 @@ def test_response_without_end_scores_what_the_flag_says(tmp_path):
     assert row["samples/tokens"] == 3 and results(tmp_path)["before"]["scores/mean"] == -2.5
 
 
+@pytest.mark.slow
 def test_relabelling_trains_the_reward_model(tmp_path, reward_run):
     """--relabel_every leaves another reward model, that loads, is normalised, and did not change
     the one that it was made from."""

@@ -248,7 +248,7 @@ def test_exploration_adds_new_answers_once(tmp_path, items, stub, seen, bare):
         assert len(explorations) == int(rounds) - 1 == seen.explored
         assert {call["model"] for call in explorations} <= {corrector}
         tokenizer = hub.load_model("tiny")[1]
-        known = [[] for _ in seen.pool]
+        known, before = [[] for _ in seen.pool], []
         for n, call in enumerate([drafts, *explorations]):
             assert all(("Draft:" in prompt) == bool(n) for prompt in call["prompts"])
             assert len(call["texts"]) == 18 * (2 if n else 4)

@@ -257,7 +257,9 @@ def test_same_seed_same_weights(tmp_path, bare):
     assert a == b != c
 
 
-@pytest.mark.parametrize("extra", [["--loss", "simpo"], ["--loss", "pro"], ["--lora_rank", "2"]])
+@pytest.mark.parametrize("extra", [
+    ["--loss", "simpo"], ["--lora_rank", "2"],
+    pytest.param(["--loss", "pro"], marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(tmp_path, extra, monkeypatch, capsys):
     """Ctrl-C after three steps and --resume: the same bits, weights and metrics, as without
     (pytorch/rl#4188, NVIDIA-NeMo/RL#3171)."""
