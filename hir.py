@@ -238,7 +238,9 @@ def output_statistics(model, sequences, count):
     # The mean of all logits is one product: log p averaged over v = h . mean(w) - logsumexp, and
     # the logsumexp is in the log-prob of the target already.
     with torch.autocast(h.device.type, enabled=False):
-        toward = weight.float().mean(0) - weight[batch["targets"][own]].float()  # (n, D)
+        # Not weight[...]: on several threads its gradient adds up in another order each time.
+        targets = weight.index_select(0, batch["targets"][own])  # (n, D)
+        toward = weight.float().mean(0) - targets.float()  # (n, D)
         vocabulary = logps[own] + (h.float() * toward).sum(1)  # (n,)
     return mean(logps, batch["rows"]), mean(entropy, rows)[:count], mean(vocabulary, rows)[:count]
 

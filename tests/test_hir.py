@@ -179,6 +179,18 @@ def test_pads_do_not_move_any_term(tiny):
                 assert a[k].item() == pytest.approx(b[0].item(), abs=1e-5)
 
 
+def test_gradient_is_the_same_each_time(tiny):
+    """Bit for bit, on two threads too: else one seed would not give one result."""
+    model, tokenizer = tiny
+    own = examples(tokenizer) * 24
+    weight, grads = model.get_output_embeddings().weight, []
+    for _ in range(6):
+        logps, entropy, vocabulary = output_statistics(model, own, len(own))
+        loss = hir_loss(logps[:, None], entropy, 1.0, 0.001, 0.2, vocabulary).sum()
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+
+
 def test_gradient_of_the_whole_loss_in_the_weights(tiny):
     """Through all three statistics at once, against plain autograd on whole logits."""
     import copy
