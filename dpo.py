@@ -20,6 +20,8 @@ Where this departs from the paper, and why:
    log-probs are computed once, before training, and kept. Batches are made once for that reason.
 3. The toy's pairs are samples of the reference itself, as in the paper's sentiment task, but judged
    by a Bradley-Terry coin on a true reward that is known, instead of by a classifier.
+4. KTO's mismatched responses, from which z comes, are drawn once, before training, not by rolling
+   each batch. Whatever the loss, rewards/* are beta times summed log-ratios.
 """
 
 import argparse
@@ -98,6 +100,10 @@ PAIR_LOSSES = {
     "ipo_mean": lambda w, l, rw, rl, nw, nl, a: ipo_loss(w / nw, l / nl, rw / nw, rl / nl, a.tau),
     "rdpo": lambda w, l, rw, rl, nw, nl, a: rdpo_loss(w, l, rw, rl, nw, nl, a.beta, a.alpha),
 }
+
+# The flags of each loss with their defaults; --beta has a part in all, as the price in J.
+DEFAULTS = {"dpo": {"label_smoothing": 0.0}, "ipo": {"tau": 0.1}, "ipo_mean": {"tau": 0.1},
+            "rdpo": {"alpha": 0.05}, "kto": {"lambda_desirable": 1.0, "lambda_undesirable": 1.0}}
 
 # ------------------------------------------------------------------------- the log-prob gather
 
@@ -580,20 +586,25 @@ def parse_args(argv=None):
          help="the objective; ipo_mean is ipo on means per token")
     flag("--beta", type=float, help="price of a nat of KL from the reference: higher stays nearer "
          "(derived: 0.5 for the toy, 0.1 with --data)")
-    flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")
-    flag("--tau", type=float, default=0.1, help="ipo: its beta, higher stays nearer")
-    flag("--alpha", type=float, default=0.05, help="rdpo: price of a token of response length")
-    flag("--lambda_desirable", type=float, default=1.0, help="kto: weight of good responses")
-    flag("--lambda_undesirable", type=float, default=1.0, help="kto: weight of bad responses")
+    flag("--label_smoothing", type=float, help="dpo: share of labels held to be wrong (derived: 0)")
+    flag("--tau", type=float, help="ipo: its beta, higher stays nearer (derived: 0.1)")
+    flag("--alpha", type=float, help="rdpo: price of a token of response length (derived: 0.05)")
+    flag("--lambda_desirable", type=float, help="kto: weight of good responses (derived: 1)")
+    flag("--lambda_undesirable", type=float, help="kto: weight of bad responses (derived: 1)")
     flag("--pairs", type=int, default=4096, help="toy: pairs to sample and learn from")
     flag("--samples", type=int, help="evaluation: samples a prompt (derived: toy 128, else 4)")
     args = parser.parse_args(argv)
+    for name in ("label_smoothing", "tau", "alpha", "lambda_desirable", "lambda_undesirable"):
+        if name not in DEFAULTS[args.loss] and getattr(args, name) is not None:
+            fail(f"--{name} has no part in --loss {args.loss}; leave it out")
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULTS[args.loss].get(name))
     args.beta = (0.1 if args.data else 0.5) if args.beta is None else args.beta
     args.samples = (4 if args.data else 128) if args.samples is None else args.samples
     check_flags(args, zero_allowed=("label_smoothing", "alpha"))
     if args.samples < 2:
         fail(f"--samples {args.samples}: at least 2 are needed for a standard error")
-    if args.label_smoothing >= 0.5:
+    if args.loss == "dpo" and args.label_smoothing >= 0.5:
         fail(f"--label_smoothing {args.label_smoothing}: half of the labels wrong teaches nothing")
     return args
 

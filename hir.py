@@ -5,7 +5,7 @@ that one above it, and learn from every sample. In each episode of Algorithm 1: 
 random instructions p; replace each p by p*, the instruction that o obeys; minimise
 
     loss = L_sup + alpha L_con + beta L_ent                                                    (6)
-    L_sup = -log M(o|p*),  L_con = -log(P_1 / sum_k P_k),  L_ent = sum_v M(v) log M(v)
+    L_sup = -1/|o| log M(o|p*),  L_con = -log(P_1 / sum_k P_k),  L_ent = sum_v M(v) log M(v)
 
 P_k is exp of o's mean log-prob per token under the instruction p_k, p_1 = p* being the one that o
 obeys. The contrast is there to keep the model from ignoring its instructions.
@@ -33,8 +33,9 @@ Where this departs from the paper, or its code from the paper, and why:
  7. Of the toy's 48 instructions 8 are never asked in training. Hindsight may still meet them.
  8. FARL and Chain of Hindsight have L_sup only, the latter without its masking of past tokens and
     its pretraining term.
- 9. An episode's samples are passed over 5 times in batches of 32 (paper: 10 times, 64), and the
-    learning rate above 10M parameters is 1e-5 (paper: 5e-4, for T5).
+ 9. After an episode come as many updates as 5 passes over its samples take, in batches of 32
+    (paper: 10 passes, 64), drawn from all samples so far. The learning rate above 10M parameters is
+    1e-5 (paper: 5e-4, for T5).
 """
 
 import argparse

@@ -35,6 +35,11 @@ Where this departs from the papers and OpenAI's code, and why:
     pretraining data mixed in.
  9. Log-probs are kept from sampling, not computed again, where both agree to 1e-5 (not in bf16).
 10. One device: no seeds by rank. 4 epochs of 2 minibatches (Ziegler: 4 of 1, InstructGPT: 1 of 8).
+11. Policy and value network share one learning rate (InstructGPT: each its own), and Adam's betas
+    are (0.9, 0.95). A step has --n samples of each prompt (papers: one), so that scores of one
+    prompt can be compared.
+12. RAFT takes as many epochs and minibatches as PPO, and has no penalty: --beta is only what its J
+    is measured with.
 """
 
 import argparse

@@ -14,8 +14,9 @@ K = 2 is the ordinary pairwise loss. Where a human only picks the best of K, as 
 
 Where this departs from the papers, and why:
 1. Scores are normalised after training only, to mean 0 and SD 1 on samples of the reference policy,
-   by changing the weights themselves. Ziegler et al. do so before training too, and train gain and
-   bias along; InstructGPT shifts the mean only, to 0 on demonstrations.
+   by changing the weights themselves; a difference of saved scores is the gain times log-odds.
+   Ziegler et al. normalise before training too, and train gain and bias along; InstructGPT shifts
+   the mean only, to 0 on demonstrations.
 2. The learning rate falls to 0 after a warm-up (InstructGPT: cosine to 10 %), and Adam is the
    scripts' common one. One epoch, as in both papers; InstructGPT reports that more overfit.
 3. Tied pairs are dropped, as in the paper, but the divisor stays C(K, 2): a ranking with ties says

@@ -21,8 +21,9 @@ drawn more often (alpha), and so are small edits (beta). With values of 0 and 1 
 Where this departs from the paper, and why:
 1. alpha is 10 and beta 1 unless told otherwise; the paper tunes them task by task.
 2. s is 1 - the edit distance in words over the longer answer's number of words.
-3. Each round of learning follows the next exploration at once, with one learning-rate schedule over
-   all of them, and its pairs are those of the whole pool. Equal answers stand in it once.
+3. Exploration and learning alternate, --rounds times, under one learning-rate schedule; pairs are
+   those of the whole pool, the first round's of the generator's answers alone. Equal answers stand
+   in it once.
 4. An answer that is perfect is never y in a pair, so nothing teaches the corrector to leave it
    alone. Where the value is known when correcting, --stop_at ends there; the table has both.
 5. The toy's generator knows what its corrector does not: which topics the play has. So a corrector

@@ -1,6 +1,6 @@
 """SimPO, simple preference optimization: Meng, Xia and Chen 2024, arXiv:2405.14734v3.
 
-Let the reward of a response be what generation follows, its mean log-prob per token, and ask that
+Let the reward of a response be its mean log-prob per token, which generation follows, and ask that
 the chosen one beat the rejected one by a margin gamma. No reference model appears:
 
     loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)               (6)
@@ -13,7 +13,7 @@ it would have to suit every length; --lesson shows what goes wrong where it does
     python simpo.py --loss orpo                      # or cpo, slic; rrhf and pro take rankings
     python simpo.py --lesson                         # with and without the mean and the margin
 
-"gamma" has three meanings out there. Here, as in Eq. (6) and in TRL's simpo_gamma, it is the margin
+"gamma" has two meanings out there. Here, as in Eq. (6) and in TRL's simpo_gamma, it is the margin
 itself, set by --gamma_beta_ratio as in the paper's code: gamma = ratio * beta. (In rlhf-book's code
 `gamma` is the ratio.)
 
@@ -23,6 +23,7 @@ Where this departs from the paper, and why:
    loss holds it down, so it is worth a look.
 3. The toy's pairs are samples of the model itself, as in the paper's Instruct setting, but judged
    by an annotator whose bias towards length is known, instead of by a reward model.
+4. Files hold ranks, not scores, so RRHF's and PRO's r are ranks: neighbours differ by 1.
 """
 
 import argparse
@@ -611,7 +612,7 @@ def parse_args(argv=None):
     flag("--rankings", type=int, default=2048, help="toy: posts with summaries to learn from")
     flag("--k", type=int, help="toy: summaries of each (derived: 2, for rrhf and pro 4)")
     flag("--length_bias", type=float, default=1.0, help="toy: how many nats the human likes a "
-         "summary better for each word; its true quality, from 0 to 1, counts 4")
+         "summary better for each word; its true quality, which is below 1, counts 4")
     flag("--lesson", action="store_true", help="toy: train also without the margin, and "
          "on sums, and compare; ends with one table")
     flag("--samples", type=int, help="samples a prompt (derived: toy 1 of 256 posts, else 4 of 8)")
