@@ -1,6 +1,6 @@
 """The reward-KL frontier, exactly, and how near to it every method comes. Three seeds each.
 
-    python benchmarks/frontier.py                  # about MINUTES on two cores; can be resumed
+    python benchmarks/frontier.py                  # about half an hour on two cores; can be resumed
 
 No policy can have more reward at its KL from the reference than pi*(y) ~ pi_ref(y) exp(r(y)/beta)
 has at the same KL, for the beta that leads there. All these pi* together are the frontier: Figure 2
@@ -11,7 +11,8 @@ words   "... The plot was" and three words out of 18, so 5,832 responses to each
         reference is tiny/ after 128 steps of SFT on such answers.
 reviews The sentiment task of dpo.py and ppo_rlhf.py as it stands. Its frontier is estimated from
         samples of the reference and of PPO's policies, each weighed by pi_ref over the pool's
-        density; drawn where that rests on at least 50 effective samples for each prompt.
+        density; drawn where that rests on at least 50 effective samples for each prompt, and no
+        further than PPO's smallest beta: no effective sample size tells of what was never sampled.
 
 The reward of both is a sum over words, positive minus negative ones. The offline methods (dpo, ipo,
 kto, simpo, sft on the chosen) learn from one and the same file of 4096 pairs, which samples of the
@@ -25,8 +26,9 @@ For each method and penalty: reward, KL, and
               for ppo and dpo, pi_ref exp(p(y > mu)/tau)/Z for ipo, the winners' share for sft.
               What training left undone, apart from what the objective never asked for. J* - J(pi)
               is beta times it. kto, simpo and raft have no such optimum.
-    mass      share of the policy on the 5,832 responses. Reward, KL and gaps are of the policy
-              on that set; one that has left it is not near any optimum, whatever they say.
+    mass      share of the policy on the 5,832 responses, of each seed. Reward, KL and gaps are of
+              the policy on that set; one that has left it is not near any optimum, whatever they
+              say. (Of reviews: the share that is grammatical.)
 Best-of-n is computed, not trained, so it has no seeds. Three checks come first: all-at-once log-
 probs against one by one; J* from samples, as the scripts print it, against J* by enumeration; and
 the sampled frontier against the exact one, each with its effective sample size.
@@ -217,7 +219,6 @@ def prepare(out, seeds):
 
 def train(out, task, method, penalty, seed):
     """One run of a script, unless its model is there already; returns the folder."""
-    torch.set_num_threads(1)  # runs are side by side; and the result is that of one thread
     script, flags, flag, _ = METHODS[method]
     run = out / task / f"{method} {penalty}".replace(" ", "_") / str(seed)
     if (run / "curves.png").exists() and (run / "model.safetensors").exists():
@@ -273,6 +274,26 @@ def effective_samples(weights, values):
     return float((2 * x.logsumexp(1) - (2 * x).logsumexp(1)).exp().min())
 
 
+def explore(out, task, method, penalty, seed):
+    """Train, and look at the policy: all log-probs of the words task, or samples of reviews."""
+    torch.set_num_threads(1)  # jobs are side by side; and the result is that of one thread
+    run = train(out, task, method, penalty, seed)
+    if (run / "seen.pt").exists():
+        return
+    policy, tokenizer = load_model(run)
+    if task == "words":
+        logps, mass = enumerate_all(policy, tokenizer)
+        seen = {"logps": logps, "mass": float(mass.mean())}
+    else:
+        drawn = draw_samples(policy, tokenizer, REVIEW_PROMPTS(True)[:8], 256, seed)
+        reference, _ = load_model("tiny")
+        texts = [tokenizer.decode(ids) for _, ids in drawn]
+        seen = {"kl": float((logps_of(policy, drawn) - logps_of(reference, drawn)).mean()),
+                "reward": statistics.mean(map(dpo.toy_reward, texts)),
+                "mass": statistics.mean(map(dpo.toy_grammatical, texts))}
+    torch.save(seen, run / "seen.pt")
+
+
 def word_reward(text):
     """The toy's reward of a response in the set; others are not counted, like in the sums."""
     words = text.removeprefix(" ").removesuffix(".").split(", ")
@@ -324,14 +345,13 @@ def measure_words(out, runs):
         reward, kl = reward_and_kl(best_of_n(reference, REWARDS, n), reference, REWARDS)
         rows.append({"method": "best-of-n", "penalty": n, "seed": 0, "reward": reward, "kl": kl,
                      "wasted": wasted(reward, kl, points), "mass": float(mass.mean())})
-    for method, penalty, seed, run in tqdm(runs, desc="words: enumerating", disable=None):
-        logps, mass = enumerate_all(load_model(run)[0], tokenizer)
-        reward, kl = reward_and_kl(logps, reference, REWARDS)
+    for method, penalty, seed, run in runs:
+        seen = torch.load(run / "seen.pt")
+        reward, kl = reward_and_kl(seen["logps"], reference, REWARDS)
         aim = aim_of(method, penalty, reference, REWARDS)
-        gap = {} if aim is None else {"gap": reward_and_kl(logps, aim, REWARDS)[1]}
+        gap = {} if aim is None else {"gap": reward_and_kl(seen["logps"], aim, REWARDS)[1]}
         rows.append({"method": method, "penalty": penalty, "seed": seed, "reward": reward,
-                     "kl": kl, "wasted": wasted(reward, kl, points), "mass": float(mass.mean())}
-                    | gap)
+                     "kl": kl, "wasted": wasted(reward, kl, points), "mass": seen["mass"]} | gap)
     aims = {method: [reward_and_kl(aim_of(method, x, reference, REWARDS), reference, REWARDS)
                      for x in METHODS[method][3]] for method in ("ipo", "sft on chosen")}
     return rows, points, aims
@@ -340,42 +360,36 @@ def measure_words(out, runs):
 def measure_reviews(out, runs):
     """Sampled rows of the table, and the frontier where it can be had, of the reviews task."""
     model, tokenizer = load_model("tiny")
-    prompts = dpo.toy_prompts(True)[:8]
+    prompts = REVIEW_PROMPTS(True)[:8]
     policies = [load_model(run)[0] for method, _, seed, run in runs
                 if method == "ppo" and seed == runs[0][2]]
     counts = [1024] + [512] * len(policies)
     weights, rewards = pooled([model, *policies], tokenizer, prompts, counts, dpo.toy_reward)
     size = {beta: effective_samples(weights, rewards / beta) for beta in BETAS}
-    points = [point for point in frontier(weights.log_softmax(1), rewards) if size[point[0]] >= 50]
+    points = [point for point in frontier(weights.log_softmax(1), rewards)
+              if size[point[0]] >= 50 and point[0] >= min(METHODS["ppo"][3])]
     start = rewards[:, :1024]  # the reference's own samples, all of one weight
     flat = torch.full_like(start, -math.log(1024))
-    mine = [pair for pair in draw_samples(model, tokenizer, prompts, 256, 0)]
+    own = draw_samples(model, tokenizer, prompts, 256, 0)
     rows = [{"method": "reference", "penalty": "", "seed": 0, "kl": 0.0, "wasted": 0.0,
-             "reward": float(start.mean()), "mass": share_grammatical(tokenizer, mine)}]
+             "reward": float(start.mean()), "mass": statistics.mean(
+                 dpo.toy_grammatical(tokenizer.decode(ids)) for _, ids in own)}]
     for n in N:
         reward, kl = reward_and_kl(best_of_n(flat, start, n), flat, start)
         rows.append({"method": "best-of-n", "penalty": n, "seed": 0, "reward": reward, "kl": kl,
                      "wasted": wasted(reward, kl, points), "mass": None})
-    for method, penalty, seed, run in tqdm(runs, desc="reviews: sampling", disable=None):
-        policy = load_model(run)[0]
-        drawn = draw_samples(policy, tokenizer, prompts, 256, seed)
-        kl = float((logps_of(policy, drawn) - logps_of(model, drawn)).mean())
-        reward = statistics.mean(dpo.toy_reward(tokenizer.decode(ids)) for _, ids in drawn)
-        rows.append({"method": method, "penalty": penalty, "seed": seed, "reward": reward, "kl": kl,
-                     "wasted": wasted(reward, kl, points),
-                     "mass": share_grammatical(tokenizer, drawn)})
+    for method, penalty, seed, run in runs:
+        seen = torch.load(run / "seen.pt")
+        rows.append({"method": method, "penalty": penalty, "seed": seed, **seen,
+                     "wasted": wasted(seen["reward"], seen["kl"], points)})
     return rows, points, {"smallest beta": points[-1][0], "effective samples": size[points[-1][0]]}
-
-
-def share_grammatical(tokenizer, examples):
-    return statistics.mean(dpo.toy_grammatical(tokenizer.decode(ids)) for _, ids in examples)
 
 
 # ------------------------------------------------------------------------------ table and figure
 
 
 def table(rows, last):
-    """Markdown: means ± SD over seeds of each method and penalty."""
+    """Markdown: means ± SD over seeds of each method and penalty; of the last, each seed's."""
     keys = [key for key in ("reward", "kl", "wasted", "gap", "mass")
             if any(key in row for row in rows)]
     lines = [f"| method | penalty | {' | '.join(keys[:-1])} | {last} |",
@@ -386,8 +400,9 @@ def table(rows, last):
         for key in keys:
             values = [row[key] for row in group if row.get(key) is not None]
             sd = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{sd}"
-                         if values and len(values) == len(group) else "")
+            cells.append("" if not values or len(values) < len(group) else
+                         ", ".join(f"{value:.2f}" for value in values) if key == "mass" else
+                         f"{statistics.mean(values):.2f}{sd}")
         flag = METHODS[method][2].lstrip("-") + " " if method in METHODS else ""
         flag = "n " if method == "best-of-n" else flag
         lines.append(f"| {method} | {flag}{penalty} | {' | '.join(cells)} |")
@@ -415,16 +430,13 @@ def draw(results, path):
             own = [row for row in rows if row["method"] == method]
             axis.plot([row["kl"] for row in own], [row["reward"] for row in own], "o", ms=4,
                       color=color, label=method)
-            for mark, last in ((axis, False), (axes[2], True)):
-                own_mass = [row for row in own if row["mass"] is not None and method != "best-of-n"]
-                if last:
-                    mark.plot([row["kl"] for row in own_mass], [row["mass"] for row in own_mass],
-                              "o" if task == "words" else "x", ms=4, color=color)
-        widest = max(kl for _, _, kl in points)
-        axis.set(title=titles[task], xlabel="KL from the reference, nats", ylabel="reward",
-                 xlim=(0, widest * 1.25))
-    axes[2].set(title="share of the language kept (o words: mass, x reviews: grammar)",
-                xlabel="KL from the reference, nats", xscale="symlog")
+            if method != "best-of-n":  # it is the reference's own language
+                axes[2].plot([row["kl"] for row in own], [row["mass"] for row in own],
+                             "o" if task == "words" else "x", ms=4, color=color)
+        axis.set(title=titles[task], xlabel="KL from the reference, nats", ylabel="reward")
+    axes[2].set(title="language kept (o words: mass on the set, x reviews: grammar)",
+                xlabel="KL from the reference, nats", ylim=(-0.03, 1.03))
+    axes[2].title.set_fontsize(10)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -444,7 +456,7 @@ def main():
     todo = [(task, method, penalty, seed) for task in TASKS for seed in args.seeds
             for method, (_, _, _, penalties) in METHODS.items() for penalty in penalties]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(train, out, *job): job for job in todo}
+        jobs = {pool.submit(explore, out, *job): job for job in todo}
         for done in tqdm(as_completed(jobs), total=len(jobs), desc="training", disable=None):
             done.result()
     runs = {task: [(*job[1:], train(out, *job)) for job in todo if job[0] == task]
