@@ -140,12 +140,11 @@ def test_every_loss_choice_changes_the_number():
     """A --loss that is silently ignored trains the wrong thing (modelscope/ms-swift#10167)."""
     from dpo import parse_args
 
-    args = parse_args([])
     chosen, rejected = torch.tensor([-9.0]), torch.tensor([-12.0])
     same = torch.tensor([-10.0])
     lengths = torch.tensor([10.0]), torch.tensor([6.0])
     values = {
-        name: loss(chosen, rejected, same, same, *lengths, args).item()
+        name: loss(chosen, rejected, same, same, *lengths, parse_args(["--loss", name])).item()
         for name, loss in PAIR_LOSSES.items()
     }
     assert len({round(value, 6) for value in values.values()}) == len(values) == 4
@@ -155,7 +154,7 @@ def test_sum_or_mean_of_logps():
     """Doubling every token doubles DPO's margin, not IPO's on means (huggingface/trl#1265)."""
     from dpo import parse_args
 
-    args = parse_args(["--tau", "0.25"])
+    args, ipo = parse_args([]), parse_args(["--loss", "ipo", "--tau", "0.25"])
     once = [torch.tensor([v]) for v in (-9.0, -12.0, -10.0, -11.0)]
     twice = [2 * x for x in once]
     short, long = [torch.tensor([5.0]), torch.tensor([7.0])], [
@@ -168,9 +167,9 @@ def test_sum_or_mean_of_logps():
     )
     assert margin(dpo_twice) == pytest.approx(2 * margin(dpo_once), rel=1e-5)
     ipo_once, ipo_twice = (
-        PAIR_LOSSES["ipo_mean"](*x, *n, args).item() for x, n in ((once, short), (twice, long))
+        PAIR_LOSSES["ipo_mean"](*x, *n, ipo).item() for x, n in ((once, short), (twice, long))
     )
     assert ipo_once == pytest.approx(ipo_twice, abs=1e-6)
-    assert PAIR_LOSSES["ipo"](*once, *short, args).item() != pytest.approx(
-        PAIR_LOSSES["ipo"](*twice, *long, args).item(), abs=1e-2
+    assert PAIR_LOSSES["ipo"](*once, *short, ipo).item() != pytest.approx(
+        PAIR_LOSSES["ipo"](*twice, *long, ipo).item(), abs=1e-2
     )
