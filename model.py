@@ -246,7 +246,7 @@ def load_model(name="tiny", *, head="lm", device="cpu", dtype=None, lora_rank=0)
     try:
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {error}")
+        fail(f"--device {device}: {error}; --device cpu always works")
     if head == "lm":
         _check_head(model, name)
     elif not isinstance(getattr(model, "score", None), nn.Linear):
