@@ -50,7 +50,8 @@ def shortened(command, tmp_path, reward):
     other = {"gpt2": "tiny", "Qwen/Qwen2.5-0.5B": "tiny", "runs/sft": "tiny", "NAME": "ipo",
              "runs/reward_model": reward}
     words = [other.get(word, word) for word in words if word != "--resume"]
-    small = ["--steps", "2", "--batch_size", "4", "--max_new_tokens", "8", "--device", "cpu",
+    size = "16" if "--n" in words else "4"  # a step of PPO holds all --n samples of a prompt
+    small = ["--steps", "2", "--batch_size", size, "--max_new_tokens", "8", "--device", "cpu",
              "--out", str(tmp_path / "out")]
     return [*words, *small, *SMALL[words[0].removesuffix(".py")]]
 
