@@ -178,13 +178,16 @@ def number(name, key, seed=0):
     return list(columns.values())[-1].get(key)
 
 
+def spread_of(values, digits=2):
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
 def spread(name, key, digits=2):
     """Mean ± SD over the seeds of a run."""
     values = [number(name, key, seed) for seed in RUNS[name][1]]
     if None in values:
         return ""
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{sd}"
+    return spread_of(values, digits)
 
 
 def change(name, key, digits=2):
@@ -245,14 +248,9 @@ def block_summary():
         label = f"`{key}`" + " after 1 correction" * (name == "self_correct")
         rows.append(["" if name in seen else command(name), label, value, *cost])
         seen.add(name)
-    rows.append([command("simpo"), "`samples/quality`", lesson_change(), cost_of("simpo")[0],
-                 cost_of("simpo")[1]])
+    rows.append([command("simpo"), "`samples/quality`", lesson_change(), *cost_of("simpo")])
     rows.append([command("tiny") + " makes `tiny/`", "", "", cost_of("tiny")[0], ""])
     return markdown(["command", "number", "before → after", "time", "peak memory"], rows)
-
-
-def spread_of(values, digits=2):
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def cost_of(name):
