@@ -191,7 +191,7 @@ def token_logps(model, batch):
 def response_logps(model, batch):
     """Summed log-prob of each response, its EOS included, and its length: (B,), (B,)."""
     logps = token_logps(model, batch)  # (N,)
-    zeros = logps.new_zeros(len(batch["input_ids"]))  # (B,)
+    zeros = logps.new_zeros(len(batch["last"]))  # (B,), of responses
     return (zeros.index_add(0, batch["rows"], logps),
             zeros.index_add(0, batch["rows"], torch.ones_like(logps)))
 
@@ -199,12 +199,13 @@ def response_logps(model, batch):
 def collate(sequences, device):
     """A batch of B (prompt ids, response ids), padded on the right to T tokens.
 
-    The lists that say where the N response tokens stand are made here, on the host, so that the
-    device never has to be asked. Masks come from lengths: a pad may share its id with EOS.
+    The lists that say where the N response tokens stand, and which of a response is the last, are
+    made here, on the host, so that the device never has to be asked. Masks come from lengths: a pad
+    may share its id with EOS. "padding" is the share of pads.
     """
     B, T = len(sequences), max(len(p) + len(r) for p, r in sequences)
     input_ids, attention_mask = torch.zeros(2, B, T, dtype=torch.long)
-    index, targets, rows = [], [], []
+    index, targets, rows, last = [], [], [], []
     for b, (prompt, response) in enumerate(sequences):
         length = len(prompt) + len(response)
         input_ids[b, :length] = torch.tensor(prompt + response)
@@ -212,10 +213,13 @@ def collate(sequences, device):
         index += range(b * T + len(prompt) - 1, b * T + length - 1)  # t - 1 predicts token t
         targets += response
         rows += [b] * len(response)
+        last.append(b * T + length - 1)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask,
              "position_ids": torch.arange(T).expand(B, T), "index": torch.tensor(index),
-             "targets": torch.tensor(targets), "rows": torch.tensor(rows)}
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+             "targets": torch.tensor(targets), "rows": torch.tensor(rows),
+             "last": torch.tensor(last)}
+    batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+    return batch | {"padding": 1 - float(attention_mask.float().mean())}
 
 
 def output_statistics(model, sequences, count):
@@ -424,32 +428,47 @@ def score(model, sequences, autocast, size=64):
 
 
 @torch.no_grad()
-def sample_at(model, tokenizer, prompts, temperature, max_new_tokens, seed, size=256):
-    """A response at a temperature to each list of prompt ids: ids with their EOS.
+def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, size=256):
+    """A response of the model's own distribution to each list of prompt ids, with its EOS.
 
-    From the whole vocabulary: `generate` would otherwise keep the 50 likeliest tokens and obey
-    whatever generation_config.json came with the model, which is put aside meanwhile.
+    Returns (responses, logps): token ids, and their log-probs at that temperature, a list for each
+    prompt. From the whole vocabulary: no top-k, no top-p. Prompts of like length stand together,
+    padded on the left; once half of a batch has ended, the others go on alone.
     """
-    from transformers import GenerationConfig
-
     torch.manual_seed(seed)
     eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    responses = []
-    for i in range(0, len(prompts), size):
-        part = prompts[i:i + size]
-        T = max(map(len, part))
-        config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                                  eos_token_id=eos, pad_token_id=eos,
-                                  max_new_tokens=min(max_new_tokens, context - T))
-        ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
-        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
-        # generate counts positions along the mask, so that padding shifts nobody's.
-        new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                             generation_config=config)[:, T:].tolist()  # (B, up to max_new_tokens)
-        responses += [r[:r.index(eos) + 1] if eos in r else r for r in new]
-    model.generation_config = own
-    return responses
+    responses, logps = [[] for _ in prompts], [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for rows in (order[i:i + size] for i in range(0, len(order), size)):  # B prompts
+        T, cache = len(prompts[rows[-1]]), None
+        pads = [T - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[eos] * n + prompts[i] for n, i in zip(pads, rows)]).to(model.device)
+        mask = torch.tensor([[0] * n + [1] * (T - n) for n in pads]).to(model.device)  # (B, T)
+        for _ in range(min(max_new_tokens, context - T)):
+            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), T growing: pads shift nobody
+            out = model(input_ids=ids[:, -new:], attention_mask=mask, past_key_values=cache,
+                        position_ids=positions[:, -new:], use_cache=True, logits_to_keep=1)
+            cache = out.get("past_key_values")  # state-space models have none, and read all again
+            every = (out.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
+            # With E drawn from Exp(1) for each token, argmax p/E is a draw from p.
+            token = (every.exp() / torch.empty_like(every).exponential_()).argmax(1, True)  # (B, 1)
+            logp = every.gather(1, token)  # (B, V) -> (B, 1)
+            for i, t, p in zip(rows, token[:, 0].tolist(), logp[:, 0].tolist(), strict=True):
+                if eos not in responses[i][-1:]:
+                    responses[i].append(t)
+                    logps[i].append(p)
+            ids = torch.cat([ids, token], 1)  # (B, T + 1)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)  # (B, T + 1)
+            going = [b for b, i in enumerate(rows) if responses[i][-1] != eos]
+            if not going:
+                break
+            if 2 * len(going) <= len(rows):
+                keep = torch.tensor(going).to(model.device)
+                ids, mask, rows = ids[keep], mask[keep], [rows[b] for b in going]
+                if cache:
+                    cache.batch_select_indices(keep)
+    return responses, logps
 
 
 def try_out(model, tokenizer, rows, tasks, seed, args, autocast):
@@ -457,7 +476,8 @@ def try_out(model, tokenizer, rows, tasks, seed, args, autocast):
     feedback = GOOD if args.algo == "coh" else ""
     prompts = [tokenizer.encode_prompt(ask(rows[i], wanted, feedback)) for i, wanted in tasks]
     with autocast:
-        outputs = sample_at(model, tokenizer, prompts, args.temperature, args.max_new_tokens, seed)
+        outputs, _ = sample(
+            model, tokenizer, prompts, args.max_new_tokens, seed, args.temperature)
     return [(i, wanted, observe(rows[i], tokenizer.decode(ids), ids[-1] == tokenizer.eos_id), ids)
             for (i, wanted), ids in zip(tasks, outputs, strict=True)]
 
@@ -569,14 +589,14 @@ def train(args):
                 losses = hir_loss(logps, entropy, args.alpha, args.beta, args.label_smoothing,
                                   vocabulary)  # (b,)
                 (losses.sum() / len(own)).backward()
-                seen.append([x.detach().cpu() for x in (losses, logps, entropy)])
+                seen.append([x.detach() for x in (losses, logps, entropy)])
             norm = float(nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
 
             # 6. The update. A state is saved before it, of weights that gave a finite loss.
             row = {"step": step + 1, "online/followed": followed,
                    "online/used": len(examples) / len(online), "grad_norm": norm}
             if seen:
-                losses, logps, entropy = map(torch.cat, zip(*seen))  # (B,), (B, C), (B,)
+                losses, logps, entropy = (torch.cat(x).cpu() for x in zip(*seen))  # B, (B, C), B
                 row |= {"loss": float(losses.mean()), "logps/obeyed": float(logps[:, 0].mean()),
                         "entropy": float(entropy.mean())}
             if seen and others:

@@ -219,7 +219,7 @@ def token_logps(model, batch):
 def response_logps(model, batch):
     """Summed log-prob of each response, its EOS included, and its length: (B,), (B,)."""
     logps = token_logps(model, batch)  # (N,)
-    zeros = logps.new_zeros(len(batch["input_ids"]))  # (B,)
+    zeros = logps.new_zeros(len(batch["last"]))  # (B,), of responses
     return (zeros.index_add(0, batch["rows"], logps),
             zeros.index_add(0, batch["rows"], torch.ones_like(logps)))
 
@@ -227,12 +227,13 @@ def response_logps(model, batch):
 def collate(sequences, device):
     """A batch of B (prompt ids, response ids), padded on the right to T tokens.
 
-    The lists that say where the N response tokens stand are made here, on the host, so that the
-    device never has to be asked. Masks come from lengths: a pad may share its id with EOS.
+    The lists that say where the N response tokens stand, and which of a response is the last, are
+    made here, on the host, so that the device never has to be asked. Masks come from lengths: a pad
+    may share its id with EOS. "padding" is the share of pads.
     """
     B, T = len(sequences), max(len(p) + len(r) for p, r in sequences)
     input_ids, attention_mask = torch.zeros(2, B, T, dtype=torch.long)
-    index, targets, rows = [], [], []
+    index, targets, rows, last = [], [], [], []
     for b, (prompt, response) in enumerate(sequences):
         length = len(prompt) + len(response)
         input_ids[b, :length] = torch.tensor(prompt + response)
@@ -240,10 +241,13 @@ def collate(sequences, device):
         index += range(b * T + len(prompt) - 1, b * T + length - 1)  # t - 1 predicts token t
         targets += response
         rows += [b] * len(response)
+        last.append(b * T + length - 1)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask,
              "position_ids": torch.arange(T).expand(B, T), "index": torch.tensor(index),
-             "targets": torch.tensor(targets), "rows": torch.tensor(rows)}
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+             "targets": torch.tensor(targets), "rows": torch.tensor(rows),
+             "last": torch.tensor(last)}
+    batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+    return batch | {"padding": 1 - float(attention_mask.float().mean())}
 
 
 def token_values(model, batch):
@@ -282,8 +286,7 @@ def reward_scores(model, batch):
     hidden = model.base_model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"], use_cache=False).last_hidden_state  # (B, T, D)
-    last = batch["attention_mask"].sum(1) - 1  # (B,)
-    hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, T, D) -> (B, D)
+    hidden = hidden.flatten(0, 1).index_select(0, batch["last"])  # (B*T, D) -> (B, D)
     with torch.autocast(hidden.device.type, enabled=False):  # the score itself is in fp32
         return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)  # (B, 1) -> (B,)
 
@@ -443,7 +446,7 @@ def toy_rankings(model, tokenizer, count, seed, k=4):
     rng = random.Random(seed)
     prompts = [rng.choice(toy_prompts(held_out=False)) for _ in range(count)]
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
-    texts = [tokenizer.decode(ids) for ids in rollout(model, tokenizer, asked, 64, seed)[0]]
+    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed)[0]]
     groups = [texts[i:i + k] for i in range(0, len(texts), k)]
     return [{"prompt": prompt, "responses": group, "ranks": toy_ranks(group, rng)}
             for prompt, group in zip(prompts, groups, strict=True)]
@@ -499,60 +502,47 @@ def read_texts(path, tokenizer, max_length):
     return [(row[:1], row[1:max_length]) for row in ids]
 
 
-class KeepLogps:
-    """Passed to `generate` as a logits processor: keeps the log-prob of each token it samples.
-
-    It sees a step's logits before the token is drawn, and the token at the next step.
-    """
-
-    def __init__(self):
-        self.logps, self.before = [], None
-
-    def __call__(self, input_ids, scores):
-        self.take(input_ids)
-        self.before = scores.log_softmax(1)  # (B, V)
-        return scores.nan_to_num(nan=0.0)  # NaN stays in the log-probs, where `train` sees it
-
-    def take(self, input_ids):
-        """The log-probs so far, (B, steps), the last of input_ids (B, T) being the newest token."""
-        if self.before is not None:
-            self.logps.append(self.before.gather(1, input_ids[:, -1:]))  # (B, V) -> (B, 1)
-        return self.logps
-
-
 @torch.no_grad()
-def rollout(model, tokenizer, prompts, max_new_tokens, seed, size=256):
-    """A response of the model's own distribution to each list of prompt ids: ids with their EOS.
+def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, size=256):
+    """A response of the model's own distribution to each list of prompt ids, with its EOS.
 
-    And the log-probs of its tokens, (its length,). Temperature 1 and the whole
-    vocabulary: `generate` would otherwise keep the 50 likeliest tokens and obey whatever
-    generation_config.json came with the model, which is put aside meanwhile.
+    Returns (responses, logps): token ids, and their log-probs at that temperature, a list for each
+    prompt. From the whole vocabulary: no top-k, no top-p. Prompts of like length stand together,
+    padded on the left; once half of a batch has ended, the others go on alone.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
-
     torch.manual_seed(seed)
     eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    responses, logps = [], []
-    for i in range(0, len(prompts), size):
-        part = prompts[i:i + size]
-        T = max(map(len, part))
-        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                  eos_token_id=eos, pad_token_id=eos,
-                                  max_new_tokens=min(max_new_tokens, context - T))
-        ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
-        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
-        keep = KeepLogps()
-        # generate counts positions along the mask, so that padding shifts nobody's.
-        new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                             generation_config=config,
-                             logits_processor=LogitsProcessorList([keep]))  # (B, T + R)
-        kept = torch.cat(keep.take(new), 1)  # (B, R)
-        new = new[:, T:].tolist()
-        new = [r[:r.index(eos) + 1] if eos in r else r for r in new]
-        responses += new
-        logps += [row[:len(r)] for row, r in zip(kept, new)]
-    model.generation_config = own
+    responses, logps = [[] for _ in prompts], [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for rows in (order[i:i + size] for i in range(0, len(order), size)):  # B prompts
+        T, cache = len(prompts[rows[-1]]), None
+        pads = [T - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[eos] * n + prompts[i] for n, i in zip(pads, rows)]).to(model.device)
+        mask = torch.tensor([[0] * n + [1] * (T - n) for n in pads]).to(model.device)  # (B, T)
+        for _ in range(min(max_new_tokens, context - T)):
+            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), T growing: pads shift nobody
+            out = model(input_ids=ids[:, -new:], attention_mask=mask, past_key_values=cache,
+                        position_ids=positions[:, -new:], use_cache=True, logits_to_keep=1)
+            cache = out.get("past_key_values")  # state-space models have none, and read all again
+            every = (out.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
+            # With E drawn from Exp(1) for each token, argmax p/E is a draw from p.
+            token = (every.exp() / torch.empty_like(every).exponential_()).argmax(1, True)  # (B, 1)
+            logp = every.gather(1, token)  # (B, V) -> (B, 1)
+            for i, t, p in zip(rows, token[:, 0].tolist(), logp[:, 0].tolist(), strict=True):
+                if eos not in responses[i][-1:]:
+                    responses[i].append(t)
+                    logps[i].append(p)
+            ids = torch.cat([ids, token], 1)  # (B, T + 1)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)  # (B, T + 1)
+            going = [b for b, i in enumerate(rows) if responses[i][-1] != eos]
+            if not going:
+                break
+            if 2 * len(going) <= len(rows):
+                keep = torch.tensor(going).to(model.device)
+                ids, mask, rows = ids[keep], mask[keep], [rows[b] for b in going]
+                if cache:
+                    cache.batch_select_indices(keep)
     return responses, logps
 
 
@@ -606,7 +596,7 @@ def evaluate(policy, reference, base, reward, tokenizer, prompts, beta, args, au
         asked = [prompt for prompt in prompts for _ in range(count)]
         ids = [tokenizer.encode_prompt(prompt) for prompt in asked]
         with autocast:
-            responses, _ = rollout(model, tokenizer, ids, args.max_new_tokens, seed)
+            responses, _ = sample(model, tokenizer, ids, args.max_new_tokens, seed)
         scores, texts = judge(reward, tokenizer, asked, responses, args, autocast)
         return list(zip(ids, responses, strict=True)), texts, scores.view(P, count)
 
@@ -695,7 +685,7 @@ def train(args):
         restore(state, networks, optimizer)
     if args.relabel_every:  # samples of rho, by which a refitted reward model is normalised again
         asked = random.Random(args.seed).choices(prompts, k=256)
-        drawn, _ = rollout(reference, tokenizer, list(map(tokenizer.encode_prompt, asked)),
+        drawn, _ = sample(reference, tokenizer, list(map(tokenizer.encode_prompt, asked)),
                            args.max_new_tokens, args.seed)
         drawn = list(zip(asked, map(tokenizer.decode, drawn), strict=True))
         if state["reward"]:
@@ -723,7 +713,7 @@ def train(args):
             asked = [p for p in order[step * G:(step + 1) * G] for _ in range(args.n)]  # B
             ids = [tokenizer.encode_prompt(prompt) for prompt in asked]
             with autocast:
-                responses, kept = rollout(
+                responses, kept = sample(
                     policy, tokenizer, ids, args.max_new_tokens, seed_of(step))
             scores, texts = judge(reward, tokenizer, asked, responses, args, autocast)  # (B,)
             sequences = list(zip(ids, responses, strict=True))
@@ -735,7 +725,7 @@ def train(args):
             # 4. Before any update, of every token: log-probs under pi and rho, and values.
             part_size = math.ceil(B / args.minibatches / args.accumulate)
             rest = sequences, mask, autocast, part_size
-            old = to_rows(torch.cat(kept), mask)  # (B, R)
+            old = to_rows(torch.tensor(sum(kept, []), device=mask.device), mask)  # (B, R)
             if rescore:  # until sampling's own log-probs turn out to be the same
                 again = per_token(token_logps, policy, *rest)
                 rescore = float((again - old).abs().max()) > 1e-5
@@ -778,8 +768,7 @@ def train(args):
                             new = to_rows(token_logps(policy, batch), m)  # (b, R)
                         log_ratio = (new - old[part]).detach()  # (b, R), 0 behind the end
                         ratio = log_ratio.exp()
-                        off = float((ratio - 1).abs().max())
-                        if first and off > 1e-4 and not half:
+                        if first and not half and (off := float((ratio - 1).abs().max())) > 1e-4:
                             fail(f"step {step + 1}: pi/pi_old is off 1 by {off:.1e} before any "
                                  "update: the model scores its samples otherwise than it drew them")
                         if args.algo == "raft":

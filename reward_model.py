@@ -25,6 +25,7 @@ Where this departs from the papers, and why:
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -76,8 +77,7 @@ def reward_scores(model, batch):
     hidden = model.base_model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"], use_cache=False).last_hidden_state  # (B, T, D)
-    last = batch["attention_mask"].sum(1) - 1  # (B,)
-    hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, T, D) -> (B, D)
+    hidden = hidden.flatten(0, 1).index_select(0, batch["last"])  # (B*T, D) -> (B, D)
     with torch.autocast(hidden.device.type, enabled=False):  # the score itself is in fp32
         return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)  # (B, 1) -> (B,)
 
@@ -85,12 +85,13 @@ def reward_scores(model, batch):
 def collate(sequences, device):
     """A batch of B (prompt ids, response ids), padded on the right to T tokens.
 
-    The lists that say where the N response tokens stand are made here, on the host, so that the
-    device never has to be asked. Masks come from lengths: a pad may share its id with EOS.
+    The lists that say where the N response tokens stand, and which of a response is the last, are
+    made here, on the host, so that the device never has to be asked. Masks come from lengths: a pad
+    may share its id with EOS. "padding" is the share of pads.
     """
     B, T = len(sequences), max(len(p) + len(r) for p, r in sequences)
     input_ids, attention_mask = torch.zeros(2, B, T, dtype=torch.long)
-    index, targets, rows = [], [], []
+    index, targets, rows, last = [], [], [], []
     for b, (prompt, response) in enumerate(sequences):
         length = len(prompt) + len(response)
         input_ids[b, :length] = torch.tensor(prompt + response)
@@ -98,10 +99,88 @@ def collate(sequences, device):
         index += range(b * T + len(prompt) - 1, b * T + length - 1)  # t - 1 predicts token t
         targets += response
         rows += [b] * len(response)
+        last.append(b * T + length - 1)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask,
              "position_ids": torch.arange(T).expand(B, T), "index": torch.tensor(index),
-             "targets": torch.tensor(targets), "rows": torch.tensor(rows)}
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+             "targets": torch.tensor(targets), "rows": torch.tensor(rows),
+             "last": torch.tensor(last)}
+    batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+    return batch | {"padding": 1 - float(attention_mask.float().mean())}
+
+
+def fill_rows(sizes):
+    """Where groups of these sizes, in tokens, stand in rows of T: (B, T, flat places in B*T).
+
+    Longest first, each goes to the row with most room. Of all numbers of rows B the cheapest: pads
+    cost what tokens cost, and attention costs a token T / 6D of the rest, here for D = 1000.
+    """
+    plans = []
+    for B in range(1, len(sizes) + 1):
+        used, spots = [0] * B, [None] * len(sizes)
+        for g in sorted(range(len(sizes)), key=lambda g: -sizes[g]):
+            b = used.index(min(used))
+            spots[g] = b, used[b]
+            used[b] += sizes[g]
+        T = max(used)
+        plans.append((B * T * (1 + T / 6000), B, T, spots))
+    _, B, T, spots = min(plans)
+    return B, T, [b * T + t for b, t in spots]
+
+
+def collate_packed(sequences, device):
+    """As `collate`, but consecutive sequences of one prompt share it, and few pads are left.
+
+    A group is [prompt | y_1 | ... | y_K]; a row holds one or several. Positions restart with each
+    group, and behind its prompt with each response; a token sees its own block and its prompt, and
+    no other. So every hidden state is what it would be in a row of its own.
+    """
+    groups = [list(group) for _, group in itertools.groupby(sequences, lambda pair: pair[0])]
+    sizes = [len(group[0][0]) + sum(len(response) for _, response in group) for group in groups]
+    B, T, starts = fill_rows(sizes)
+    input_ids, position_ids, block, root = torch.zeros(4, B * T, dtype=torch.long)
+    index, targets, rows, last = [], [], [], []
+    for start, size, group in zip(starts, sizes, groups, strict=True):
+        prompt = group[0][0]
+        root[start:start + size] = start + 1  # a block is known by its first place, a pad by 0
+        first = start + len(prompt) - 1  # the prompt's end predicts the start of each response
+        for k, ids in enumerate([prompt, *(response for _, response in group)]):
+            end, position = start + len(ids), len(prompt) if k else 0
+            input_ids[start:end] = torch.tensor(ids)
+            position_ids[start:end] = torch.arange(position, position + len(ids))
+            block[start:end] = start + 1
+            if k:
+                index += [first, *range(start, end - 1)]
+                targets += ids
+                rows += [len(last)] * len(ids)
+                last.append(end - 1)
+            start = end
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "block": block, "root": root}
+    batch = {key: tensor.view(B, T) for key, tensor in batch.items()}  # (B*T,) -> (B, T)
+    batch |= {"index": torch.tensor(index), "targets": torch.tensor(targets),
+              "rows": torch.tensor(rows), "last": torch.tensor(last)}
+    batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+    block, root = batch.pop("block"), batch.pop("root")
+    seen = (block[:, None] == block[:, :, None]) | (block[:, None] == root[:, :, None])  # (B, T, T)
+    seen &= torch.ones(T, T, dtype=torch.bool, device=device).tril()  # by whom, what
+    return batch | {"attention_mask": seen[:, None], "padding": 1 - sum(sizes) / (B * T)}
+
+
+@torch.no_grad()
+def can_pack(function, model, sequences):
+    """Whether function(model, batch) is the same for responses to one prompt in one packed row.
+
+    Not where attention reaches back a fixed number of tokens or a state runs along the row, nor
+    with kernels that take no mask of one's own. Then each response gets a row with its prompt.
+    """
+    try:
+        packed, alone = (function(model, place(sequences, model.device)).float()
+                         for place in (collate_packed, collate))
+        same = bool(((packed - alone).abs() <= 3e-5 * (1 + alone.abs())).all())
+    except (RuntimeError, TypeError, ValueError):
+        same = False
+    if not same:
+        print("this model cannot read responses to one prompt in one row; each gets its own")
+    return same
 
 
 @torch.no_grad()
@@ -186,7 +265,7 @@ def toy_rankings(model, tokenizer, count, k, seed, held_out=False):
     rng = random.Random(seed)
     prompts = [rng.choice(toy_prompts(held_out)) for _ in range(count)]
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
-    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed)]
+    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed)[0]]
     groups = [texts[i:i + k] for i in range(0, len(texts), k)]
     return [{"prompt": prompt, "responses": group, "ranks": toy_ranks(group, rng)}
             for prompt, group in zip(prompts, groups, strict=True)]
@@ -248,32 +327,47 @@ def pad_ranks(examples):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, max_new_tokens, seed, size=256):
-    """A response of the model's own distribution to each list of prompt ids: ids with their EOS.
+def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, size=256):
+    """A response of the model's own distribution to each list of prompt ids, with its EOS.
 
-    Temperature 1 and the whole vocabulary: `generate` would otherwise keep the 50 likeliest tokens
-    and obey whatever generation_config.json came with the model, which is put aside meanwhile.
+    Returns (responses, logps): token ids, and their log-probs at that temperature, a list for each
+    prompt. From the whole vocabulary: no top-k, no top-p. Prompts of like length stand together,
+    padded on the left; once half of a batch has ended, the others go on alone.
     """
-    from transformers import GenerationConfig
-
     torch.manual_seed(seed)
     eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    responses = []
-    for i in range(0, len(prompts), size):
-        part = prompts[i:i + size]
-        T = max(map(len, part))
-        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                  eos_token_id=eos, pad_token_id=eos,
-                                  max_new_tokens=min(max_new_tokens, context - T))
-        ids = torch.tensor([[eos] * (T - len(p)) + p for p in part])  # (B, T), padded on the left
-        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part])  # (B, T)
-        # generate counts positions along the mask, so that padding shifts nobody's.
-        new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                             generation_config=config)[:, T:].tolist()  # (B, up to max_new_tokens)
-        responses += [r[:r.index(eos) + 1] if eos in r else r for r in new]
-    model.generation_config = own
-    return responses
+    responses, logps = [[] for _ in prompts], [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for rows in (order[i:i + size] for i in range(0, len(order), size)):  # B prompts
+        T, cache = len(prompts[rows[-1]]), None
+        pads = [T - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[eos] * n + prompts[i] for n, i in zip(pads, rows)]).to(model.device)
+        mask = torch.tensor([[0] * n + [1] * (T - n) for n in pads]).to(model.device)  # (B, T)
+        for _ in range(min(max_new_tokens, context - T)):
+            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), T growing: pads shift nobody
+            out = model(input_ids=ids[:, -new:], attention_mask=mask, past_key_values=cache,
+                        position_ids=positions[:, -new:], use_cache=True, logits_to_keep=1)
+            cache = out.get("past_key_values")  # state-space models have none, and read all again
+            every = (out.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
+            # With E drawn from Exp(1) for each token, argmax p/E is a draw from p.
+            token = (every.exp() / torch.empty_like(every).exponential_()).argmax(1, True)  # (B, 1)
+            logp = every.gather(1, token)  # (B, V) -> (B, 1)
+            for i, t, p in zip(rows, token[:, 0].tolist(), logp[:, 0].tolist(), strict=True):
+                if eos not in responses[i][-1:]:
+                    responses[i].append(t)
+                    logps[i].append(p)
+            ids = torch.cat([ids, token], 1)  # (B, T + 1)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)  # (B, T + 1)
+            going = [b for b, i in enumerate(rows) if responses[i][-1] != eos]
+            if not going:
+                break
+            if 2 * len(going) <= len(rows):
+                keep = torch.tensor(going).to(model.device)
+                ids, mask, rows = ids[keep], mask[keep], [rows[b] for b in going]
+                if cache:
+                    cache.batch_select_indices(keep)
+    return responses, logps
 
 
 def average_ranks(x):
@@ -355,7 +449,8 @@ def train(args):
     fits = [row["prompt"] for row in rows
             if len(tokenizer.encode_prompt(row["prompt"])) < args.max_length]
     asked = [tokenizer.encode_prompt(rng.choice(fits)) for _ in range(args.samples)]
-    drawn = list(zip(asked, sample(policy, tokenizer, asked, args.max_new_tokens, args.seed + 2)))
+    drawn, _ = sample(policy, tokenizer, asked, args.max_new_tokens, args.seed + 2)
+    drawn = list(zip(asked, drawn, strict=True))
     del policy
 
     # 4. Batches, made once. All pairs of a prompt stay together: were they spread over batches, a
@@ -366,6 +461,11 @@ def train(args):
     order = []
     while len(order) < steps:
         order += random.Random(args.seed + len(order)).sample(range(len(batches)), len(batches))
+
+    # A prompt is computed once for all its responses, if the model can take such rows.
+    longest = max((responses for responses, _ in examples),
+                  key=lambda responses: sum(len(p) + len(y) for p, y in responses))
+    place = collate_packed if can_pack(reward_scores, model, longest) else collate
 
     # 5. Before.
     texts = [[tokenizer.decode(response) for _, response in responses] for responses, _ in test]
@@ -382,13 +482,13 @@ def train(args):
         for step in progress:
             batch = batches[order[step]]
 
-            # 6. K forward passes a prompt, the loss on all its pairs, and the gradient.
-            seen, size = [], math.ceil(len(batch) / args.accumulate)
+            # 6. All responses of a prompt, the loss on all its pairs, and the gradient.
+            seen, paddings, size = [], [], math.ceil(len(batch) / args.accumulate)
             for i in range(0, len(batch), size):
                 part = batch[i:i + size]
+                placed = place([ids for responses, _ in part for ids in responses], model.device)
                 with autocast:
-                    flat = reward_scores(model, collate(
-                        [ids for responses, _ in part for ids in responses], model.device))  # (n,)
+                    flat = reward_scores(model, placed)  # (n,)
                 ranks = pad_ranks(part).to(flat.device)  # (B, K)
                 real = ranks > 0  # (B, K)
                 rewards = flat.new_zeros(real.shape).masked_scatter(real, flat)  # (n,) -> (B, K)
@@ -400,8 +500,9 @@ def train(args):
                 (losses.sum() / len(batch)).backward()
                 strict = (ranks[:, :, None] < ranks[:, None, :]) & real[:, :, None]  # (B, K, K)
                 right = (rewards[:, :, None] > rewards[:, None, :])[strict]  # (P,)
-                seen.append([x.detach().cpu() for x in (losses, right.float(), flat)])
-            losses, right, flat = map(torch.cat, zip(*seen))
+                seen.append([x.detach() for x in (losses, right.float(), flat)])
+                paddings.append(placed["padding"])
+            losses, right, flat = (torch.cat(x).cpu() for x in zip(*seen))  # fetched once
             norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
 
             # 7. The update. A state is saved before it, of weights that gave a finite loss.
@@ -412,7 +513,8 @@ def train(args):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             row = {"step": step + 1, "loss": loss, "pairs/accuracy": float(right.mean()),
-                   "scores/std": float(flat.std()), "grad_norm": norm, "lr": group["lr"]}
+                   "scores/std": float(flat.std()), "grad_norm": norm, "lr": group["lr"],
+                   "padding": sum(paddings) / len(paddings)}
             log.write(json.dumps(row) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['pairs/accuracy']:.2f}")
         if steps > state["step"]:  # the last update too must leave weights that give numbers

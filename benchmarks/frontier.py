@@ -244,7 +244,7 @@ def train(out, task, method, penalty, seed):
 def draw_samples(model, tokenizer, prompts, n, seed):
     """n samples for each prompt: P * n pairs (prompt ids, response ids)."""
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
-    return list(zip(asked, dpo.sample(model, tokenizer, asked, 64, seed), strict=True))
+    return list(zip(asked, dpo.sample(model, tokenizer, asked, 64, seed)[0], strict=True))
 
 
 def logps_of(model, examples):

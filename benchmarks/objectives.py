@@ -63,7 +63,7 @@ def measure(model, tokenizer, reference):
     rng = random.Random("objectives")
     posts = [simpo.toy_post(rng) for _ in range(256)]
     asked = [tokenizer.encode_prompt(prompt) for prompt, _ in posts]
-    answers = simpo.sample(model, tokenizer, asked, 64, 0)
+    answers, _ = simpo.sample(model, tokenizer, asked, 64, 0)
     texts = [tokenizer.decode(ids) for ids in answers]
     parts = [simpo.toy_quality(text, facts) for text, (_, facts) in zip(texts, posts)]
     mean = lambda values: sum(values) / len(posts)

@@ -419,7 +419,7 @@ def answers(monkeypatch):
     def install(*texts):
         def sample(model, tokenizer, prompts, *_):
             return [tokenizer.encode(texts[i % len(texts)]) + [tokenizer.eos_id]
-                    for i in range(len(prompts))]
+                    for i in range(len(prompts))], None
 
         monkeypatch.setattr(self_correct, "sample", sample)
 

@@ -229,30 +229,19 @@ def test_left_padding_changes_no_sample(tiny):
 
 def test_sampling_is_from_the_whole_distribution(tiny, monkeypatch):
     """generate keeps the top 50 tokens and a model's own settings unless told otherwise
-    (huggingface/trl#3029, #6789): all tokens keep finite scores, and the samples' mean negative
-    log-prob is the entropy that the model states."""
+    (huggingface/trl#3029, #6789). Here no setting counts: the log-probs kept are the model's, and
+    the samples' mean negative log-prob is the entropy that the model states."""
     from transformers import GenerationConfig
 
     model, tokenizer = tiny
-    real, used = model.generate, []
-    monkeypatch.setattr(
-        model,
-        "generation_config",
-        GenerationConfig(
-            do_sample=True, temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=3.0
-        ),
-    )
-
-    def spy(*args, **kwargs):
-        out = real(*args, **kwargs, output_scores=True, return_dict_in_generate=True)
-        used.append(out)
-        return out.sequences
-
-    monkeypatch.setattr(model, "generate", spy)
+    own = GenerationConfig(do_sample=True, temperature=0.3, top_k=5, top_p=0.5,
+                           repetition_penalty=3.0)
+    monkeypatch.setattr(model, "generation_config", own)
     prompt = tokenizer.encode_prompt(toy_prompts(True)[0])
-    first = [ids[0] for ids in sample(model, tokenizer, [prompt] * 4000, 1, seed=0, size=4000)]
+    responses, kept = sample(model, tokenizer, [prompt] * 4000, 1, seed=0, size=4000)
+    first = [ids[0] for ids in responses]
     logits = model(torch.tensor([prompt])).logits[0, -1]  # (V,)
-    assert torch.allclose(used[0].scores[0][0], logits, atol=1e-4)
+    assert torch.allclose(torch.tensor(kept)[:, 0], logits.log_softmax(-1)[first], atol=1e-4)
     logp = logits.log_softmax(-1)  # (V,)
     entropy, spread = (
         -(logp.exp() * logp).sum(),
@@ -266,14 +255,14 @@ def test_sample_ends_at_the_first_eos(tiny):
     """Responses keep their EOS and nothing behind it; one that is cut short has none."""
     model, tokenizer = tiny
     prompts = [tokenizer.encode_prompt(p) for p in toy_prompts(True)[:20]]
-    for response in sample(model, tokenizer, prompts, 64, seed=0):
+    for response in sample(model, tokenizer, prompts, 64, seed=0)[0]:
         assert response.index(tokenizer.eos_id) == len(response) - 1
-    for response in sample(model, tokenizer, prompts, 3, seed=0):
+    for response in sample(model, tokenizer, prompts, 3, seed=0)[0]:
         assert len(response) == 3 and tokenizer.eos_id not in response
 
 
 def test_training_mode_survives_sampling(tiny):
-    """generate leaves the mode of the model alone (huggingface/trl#3683)."""
+    """Sampling leaves the mode of the model alone (huggingface/trl#3683)."""
     model, tokenizer = tiny
     sample(model, tokenizer, [tokenizer.encode_prompt("I saw the film.")], 3, seed=0)
     assert not model.training
@@ -373,12 +362,12 @@ def test_tiny_is_good_but_not_perfect(tiny):
     """What all toys build on: clean English, balanced moods, summaries right half of the time."""
     model, tokenizer = tiny
     prompts = [tokenizer.encode_prompt(p) for p in toy_prompts(True) for _ in range(8)]
-    reviews = [tokenizer.decode(ids) for ids in sample(model, tokenizer, prompts, 64, seed=1)]
+    reviews = [tokenizer.decode(ids) for ids in sample(model, tokenizer, prompts, 64, seed=1)[0]]
     assert sum(map(toy_grammatical, reviews)) / len(reviews) >= 0.95
     assert abs(sum(map(toy_reward, reviews)) / len(reviews)) < 0.25
     rows = [row for row in toy_rows("summarization", 300, 5, held_out=True)]
     asked = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
-    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed=2)]
+    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed=2)[0]]
     right = sum(text == toy_summary(row["facts"]) for text, row in zip(texts, rows)) / len(rows)
     assert 0.35 < right < 0.7
 

@@ -729,7 +729,7 @@ def test_samples_ignore_generation_config(script, tmp_path):
     for name in ("tiny", folder):
         model, tokenizer = m.load_model(name)
         prompts = [tokenizer.encode_prompt("I saw the film.")] * 8
-        answers.append(script.sample(model, tokenizer, prompts, 10, seed=0))
+        answers.append(script.sample(model, tokenizer, prompts, 10, seed=0)[0])
     assert model.generation_config.min_p == 0.9  # which is saved again, as it came
     assert answers[0] == answers[1]
 

@@ -59,7 +59,7 @@ def shortened(command, tmp_path, reward):
 def sometimes_right(model, tokenizer, prompts, *_):
     """Every other answer is the right one."""
     return [tokenizer.encode(" No." if i % 2 else " Yes.") + [tokenizer.eos_id]
-            for i in range(len(prompts))]
+            for i in range(len(prompts))], None
 
 
 @pytest.mark.parametrize("command", [

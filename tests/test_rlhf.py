@@ -12,7 +12,7 @@ import ppo_rlhf
 import reward_model
 from model import load_model, save_model
 from ppo_rlhf import (adapt_beta, best_of_n_log_ratio, collate, gae, judge, kl_estimates,
-                      policy_loss, rollout, token_logps, token_rewards, to_rows, value_loss, whiten)
+                      policy_loss, sample, token_logps, token_rewards, to_rows, value_loss, whiten)
 from reward_model import (average_ranks, best_of_k_loss, encode_rankings, gain_and_bias, normalize,
                           ranking_loss, rate, read_rankings, toy_ranks, toy_reward)
 
@@ -432,23 +432,23 @@ def test_ppo_reaches_the_optimum_of_the_bandit():
 # ------------------------------------------------------------------------- rollouts and scores
 
 
-def test_rollout_keeps_the_log_probs_of_its_samples(tiny):
+def test_sample_keeps_the_log_probs_of_its_samples(tiny):
     """What sampling keeps is what scoring computes, to 1e-5, for prompts of very different lengths,
     padded on the left (CarperAI/trlx#107)."""
     model, tokenizer = tiny
     prompts = [tokenizer.encode_prompt(p) for p in (
         "I saw the film.", "We watched the musical with friends. " * 6, "A") * 5]
-    responses, kept = rollout(model, tokenizer, prompts, 24, seed=0, size=4)
+    responses, kept = sample(model, tokenizer, prompts, 24, seed=0, size=4)
     sequences = list(zip(prompts, responses))
     mask = torch.arange(24) < torch.tensor([len(r) for r in responses])[:, None]
     with torch.no_grad():
         scored = to_rows(token_logps(model, collate(sequences, "cpu")), mask)
     assert [len(k) for k in kept] == [len(r) for r in responses] and (mask.sum(1) > 1).all()
-    assert (to_rows(torch.cat(kept), mask) - scored).abs().max() < 1e-5
+    assert (to_rows(torch.tensor(sum(kept, [])), mask) - scored).abs().max() < 1e-5
     assert (scored[~mask] == 0).all()
 
 
-def test_rollout_samples_the_model_itself():
+def test_sample_samples_the_model_itself():
     """Mean NLL of 3000 first tokens is the entropy of the model's own distribution, broad here and
     thus truncated by `generate`'s own top-k of 50, though the model came with a generation_config
     that says otherwise (huggingface/trl#3029, #235)."""
@@ -461,12 +461,11 @@ def test_rollout_samples_the_model_itself():
     spoiled = type(model.generation_config)(do_sample=True, top_k=2, temperature=0.5, top_p=0.5,
                                             suppress_tokens=logp.topk(50).indices.tolist())
     model.generation_config = spoiled
-    _, kept = rollout(model, tokenizer, [prompt] * 3000, 1, seed=0, size=1000)
-    assert model.generation_config is spoiled  # put back
+    _, kept = sample(model, tokenizer, [prompt] * 3000, 1, seed=0, size=1000)
     entropy = -(logp.exp() * logp).sum()
     deviation = ((logp.exp() * logp**2).sum() - entropy**2).sqrt()
     assert entropy > 3 and (logp > math.log(1e-3)).sum() > 100
-    assert abs(-torch.cat(kept).mean() - entropy) < 4 * deviation / 3000**0.5
+    assert abs(-torch.tensor(kept).mean() - entropy) < 4 * deviation / 3000**0.5
 
 
 def test_judge(tiny, monkeypatch):

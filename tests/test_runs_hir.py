@@ -70,7 +70,7 @@ def solver(monkeypatch):
     def install(knows):
         calls = []
 
-        def sample_at(model, tokenizer, prompts, *_):
+        def sample(model, tokenizer, prompts, *_):
             calls.append([])
             answers = []
             for ids in prompts:
@@ -79,9 +79,9 @@ def solver(monkeypatch):
                 calls[-1].append((i, instruction))
                 text = f" {2 * i}" if knows(i, instruction) else f" {2 * i + 1}"
                 answers.append(tokenizer.encode(text) + [tokenizer.eos_id])
-            return answers
+            return answers, None
 
-        monkeypatch.setattr(hir, "sample_at", sample_at)
+        monkeypatch.setattr(hir, "sample", sample)
         return calls
 
     return install
@@ -135,7 +135,7 @@ def test_smoothing_undoes_itself_at_temperature_one(tmp_path, bare, monkeypatch)
     reviews = {}
     for temperature in (0.6, 1.0):
         prompts = [tokenizer.encode_prompt(hir.in_words(wanted)) for wanted in asked]
-        outputs = hir.sample_at(model, tokenizer, prompts, temperature, 24, 0)
+        outputs, _ = hir.sample(model, tokenizer, prompts, 24, 0, temperature)
         done = [hir.observe({"prompt": ""}, tokenizer.decode(ids), ids[-1] == tokenizer.eos_id)
                 for ids in outputs]
         reviews[temperature] = sum(map(bool, done)) / len(done)
@@ -312,9 +312,9 @@ def test_each_flag_is_used(tmp_path, flags, bare, as_given):
 def test_steps_of_a_run(tmp_path, bare, capsys, monkeypatch):
     """--episodes times --epochs times --rounds; the rate rises over a tenth of them and falls to
     nearly nothing; each episode is sampled with a seed of its own."""
-    drawn, original = [], hir.sample_at
-    monkeypatch.setattr(hir, "sample_at", lambda *args: (
-        drawn.append((len(args[2]), args[5])), original(*args))[1])
+    drawn, original = [], hir.sample
+    monkeypatch.setattr(hir, "sample", lambda *args: (
+        drawn.append((len(args[2]), args[4])), original(*args))[1])
     flags = ("--requirements 1 --episodes 3 --rounds 3 --epochs 2.3 --batch_size 2 --warm_up 0 "
              "--max_new_tokens 4 --lr 1e-3 --device cpu")
     hir.main([*flags.split(), "--out", str(tmp_path)])
@@ -367,7 +367,7 @@ def test_resumed_equals_uninterrupted(tmp_path, at, extra, bare, monkeypatch, ca
     episode is drawn twice."""
     extra = [*SHORT, *"--steps 9 --batch_size 4".split(), *extra.split()]
     hir.main([*extra, "--out", str(tmp_path / "whole")])
-    checkpoint, sample_at, drawn = hir.checkpoint, hir.sample_at, []
+    checkpoint, sample, drawn = hir.checkpoint, hir.sample, []
 
     def press(args, step, health, pressed, *rest, **more):
         if step == at:
@@ -376,7 +376,7 @@ def test_resumed_equals_uninterrupted(tmp_path, at, extra, bare, monkeypatch, ca
         return checkpoint(args, step, health, pressed, *rest, **more)
 
     monkeypatch.setattr(hir, "checkpoint", press)
-    monkeypatch.setattr(hir, "sample_at", lambda *args: (drawn.append(1), sample_at(*args))[1])
+    monkeypatch.setattr(hir, "sample", lambda *args: (drawn.append(1), sample(*args))[1])
     with pytest.raises(SystemExit) as stop:
         hir.main([*extra, "--out", str(tmp_path / "parts")])
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
@@ -463,11 +463,11 @@ def test_first_step_is_that_of_plain_logits(tmp_path, bare, monkeypatch):
 def test_chains_of_the_toy_fit_into_the_context(tmp_path, bare, monkeypatch):
     """A failure that was cut off at --max_new_tokens and a success behind it are still a text that
     the model can read, or the flag is refused."""
-    def sample_at(model, tokenizer, prompts, *_):
+    def sample(model, tokenizer, prompts, *_):
         short = tokenizer.encode(" The cast was dull.") + [tokenizer.eos_id]
-        return [short if k % 3 == 0 else [5] * 490 for k in range(len(prompts))]
+        return [short if k % 3 == 0 else [5] * 490 for k in range(len(prompts))], None
 
-    monkeypatch.setattr(hir, "sample_at", sample_at)
+    monkeypatch.setattr(hir, "sample", sample)
     try:
         hir.main([*SHORT, *"--algo coh --steps 1 --max_new_tokens 490 --warm_up 0 --out".split(),
                   str(tmp_path)])

@@ -83,7 +83,7 @@ def test_scores_of_fresh_samples_are_normalised(tiny, trained, reward_run):
     are in the saved weights, not beside them. Another gain and bias are found as well."""
     policy, tokenizer = tiny
     prompts = [tokenizer.encode_prompt(p) for p in ppo_rlhf.toy_prompts(held_out=True)] * 10
-    drawn = reward_model.sample(policy, tokenizer, prompts, 64, seed=77)
+    drawn, _ = reward_model.sample(policy, tokenizer, prompts, 64, seed=77)
     drawn, plain = list(zip(prompts, drawn)), torch.autocast("cpu", enabled=False)
     scores = reward_model.rate(trained[0], drawn, plain)
     assert abs(reward_run[1]["normalization/bias"]) > 0.5  # so there was something to do
@@ -360,7 +360,7 @@ def test_relabelling_trains_the_reward_model(tmp_path, reward_run):
     moved, tokenizer = hub.load_model(tmp_path / "reward_model", head="reward")
     policy, _ = hub.load_model("tiny")
     prompts = [tokenizer.encode_prompt(p) for p in ppo_rlhf.toy_prompts(held_out=True)] * 4
-    drawn = reward_model.sample(policy, tokenizer, prompts, 64, seed=7)
+    drawn, _ = reward_model.sample(policy, tokenizer, prompts, 64, seed=7)
     scores = reward_model.rate(moved, list(zip(prompts, drawn)), torch.autocast(
         "cpu", enabled=False))
     assert abs(float(scores.mean())) < 0.3 and abs(float(scores.std()) - 1) < 0.3
@@ -386,8 +386,9 @@ def test_score_does_not_depend_on_the_batch(trained):
             mask = more(padded["attention_mask"], (0, pads))
             ids = ids.where(mask.bool(), torch.tensor(pad))
             positions = torch.arange(ids.shape[1]).expand_as(ids)
+            last = torch.arange(len(ids)) * ids.shape[1] + mask.sum(1) - 1  # (B,) of B*T
             scores = reward_model.reward_scores(model, {
-                "input_ids": ids, "attention_mask": mask, "position_ids": positions})
+                "input_ids": ids, "attention_mask": mask, "position_ids": positions, "last": last})
             assert torch.allclose(scores, alone, atol=1e-5)
 
 

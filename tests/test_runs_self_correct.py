@@ -115,7 +115,7 @@ def stub(monkeypatch):
             call["prompts"].append(prompt)
             call["texts"].append(text)
             responses.append(tokenizer.encode(text) + ended)
-        return responses
+        return responses, None
 
     monkeypatch.setattr(self_correct, "sample", sample)
     return calls

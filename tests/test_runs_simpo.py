@@ -300,7 +300,7 @@ def test_accumulation_changes_nothing(tmp_path, loss, mixed, bare):
         logs.append(log(tmp_path / accumulate))
     for parts in logs[1:]:
         for one, other in zip(logs[0], parts, strict=True):
-            for key in one:
+            for key in one.keys() - {"padding"}:
                 rel = 2e-3 if key == "grad_norm" else 2e-4
                 assert one[key] == pytest.approx(other[key], rel=rel, abs=2e-5), key
     assert logs[0][0]["loss"] != 0 and logs[0][0]["grad_norm"] > 0.01
