@@ -7,6 +7,7 @@
 Commands run one after another, as a reader would run them, for three seeds where `seeds` below says
 so, each in a process of its own whose time and peak memory are measured. A run is kept in --out and
 run again only if its command, its script or model.py has changed (comments and docstrings aside).
+The benchmarks of time measure against peers: pip install trl==1.16.0 liger-kernel.
 
 Three kinds of things in README.md are written here, and so need no typing:
     blocks      between <!-- results: NAME --> and <!-- end -->: tables and terminal output
@@ -19,6 +20,7 @@ What lacks a run is left as it stands, and named at the end.
 import argparse
 import ast
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -73,7 +75,11 @@ RUNS = {
     "sft_bad": ("sft.py --lr 0.1", (0,), 10),
     "tiny": ("sft.py --task pretrain", (0,), 185),
     "frontier": ("benchmarks/frontier.py", (), 2000),
+    "gather": ("benchmarks/gather.py", (), 400),  # these three: on a machine that does nothing else
+    "dpo_step": ("benchmarks/dpo_step.py", (), 1500),
+    "rollout": ("benchmarks/rollout.py", (), 500),
 }
+PRINTED = {"gather": ("trl", "liger_kernel"), "dpo_step": ("trl", "liger_kernel"), "rollout": ()}
 SENTENCES = [  # words of the README, and what stands at each {}: (run, key, digits), of seed 0
     ("The toy gains little from them: true reward {}, not {}",
      [("dpo_lora", "samples/true_reward", 2), ("dpo", "samples/true_reward", 2)]),
@@ -85,6 +91,7 @@ SENTENCES = [  # words of the README, and what stands at each {}: (run, key, dig
     ("`logps/chosen` went from {} to {} while the true reward of samples rose from {} to {}",
      [("dpo", "before logps/chosen", 1), ("dpo", "logps/chosen", 1),
       ("dpo", "before samples/true_reward", 2), ("dpo", "samples/true_reward", 2)]),
+    ("in `python dpo.py` a share of {} of the tokens", [("dpo", "log padding", 3)]),
     ("`followed/all`, from {} to {}",
      [("hir", "before followed/all", 2), ("hir", "followed/all", 2)]),
     ("`summary/recall` from {} to {}, beside lead-1 and lead-3",
@@ -134,7 +141,8 @@ def run(name, seed, runs):
         folder.rename(aside)
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(code)
-    words = command.replace("RUNS", str(runs)).split() + ["--out", str(folder)]
+    words = command.replace("RUNS", str(runs)).split()
+    words += [] if name in PRINTED else ["--out", str(folder)]
     words += [] if seed is None else ["--seed", str(seed)]
     began = time.perf_counter()
     with open(folder / "stdout.txt", "w") as out, open(folder / "stderr.txt", "w") as err:
@@ -171,8 +179,11 @@ def read(name, seed=0):
 
 def number(name, key, seed=0):
     """A number of the last column of a run's results, or of another that key begins with."""
-    columns, _, _ = read(name, seed)
+    columns, _, folder = read(name, seed)
     first, _, rest = key.partition(" ")
+    if first == "log":  # the mean of a number that every step logs
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return statistics.mean(json.loads(line)[rest] for line in lines)
     if first in columns:
         return columns[first].get(rest)
     return list(columns.values())[-1].get(key)
@@ -392,6 +403,29 @@ def table_of(name):
     return (folder / "table.md").read_text().strip()
 
 
+def lines_of(name):
+    """What a benchmark of time printed: its setting in the first line, and its table."""
+    folder = OUT / name / "all"
+    if not is_done(folder, RUNS[name][0]):
+        raise Missing(name)
+    text = (folder / "stdout.txt").read_text(encoding="utf-8")
+    setting = next(line for line in text.splitlines() if line.startswith("torch "))
+    table = text[text.index("\n\n"):].partition("\n\ntarget")[0].strip("\n")
+    return f"```\n{setting}\n\n{table}\n```"
+
+
+def block_gather():
+    return lines_of("gather")
+
+
+def block_dpo_step():
+    return lines_of("dpo_step")
+
+
+def block_rollout():
+    return lines_of("rollout")
+
+
 def block_frontier():
     return table_of("frontier")
 
@@ -471,6 +505,10 @@ def main():
     OUT = Path(args.out).resolve()
     todo = [(name, seed) for name in args.only or RUNS for seed in RUNS[name][1] or (None,)
             if not is_done(OUT / name / ("all" if seed is None else str(seed)), RUNS[name][0])]
+    for name in dict.fromkeys(name for name, _ in todo if name in PRINTED):
+        if lacking := [p for p in PRINTED[name] if importlib.util.find_spec(p) is None]:
+            print(f"{name} is left out: its peers {' and '.join(lacking)} are not installed")
+            todo = [run for run in todo if run[0] != name]
     minutes = sum(RUNS[name][2] for name, _ in todo) / 60
     if args.list:
         for name in args.only or RUNS:
