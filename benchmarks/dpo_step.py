@@ -309,6 +309,8 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU; leave the flag out for the CPU")
+    if min(args.rounds, args.pairs, *args.prompts) < 1 or args.prompts[0] > args.prompts[1]:
+        raise SystemExit("--rounds, --pairs and --prompts must be at least 1, and MIN at most MAX")
     if args.worker:
         return (run_trl if args.worker in TRL else run)(args, Meter(args.device))
 
@@ -366,4 +368,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; nothing is kept") from None

@@ -154,6 +154,8 @@ def main():
                         help="rows beside the first three; none named: none (without it: all)")
     parser.add_argument("--memory", help="only print the peak of this case, in MiB")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU; leave the flag out for the CPU")
     found = cases()
     if args.memory:
         return print(peak(found[args.memory], args))

@@ -9,7 +9,7 @@ that it drew from, and leaves behind the rows that have ended.
 
 GPT-2 small with random weights, in fp32, dropout off; prompts of 64 to 384 random tokens, at most
 48 new ones. So that responses end, as they do in a trained model, EOS is made likely: a bias along
-its embedding gives it about one chance in 24 a token.
+its embedding gives it about one chance in twenty a token.
 
 - generate + re-scoring: `generate` of transformers with the whole vocabulary at temperature 1, all
   prompts in one batch, padded on the left; then `token_logps` of ppo_rlhf.py in one batch.
@@ -119,6 +119,10 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run")
     parser.add_argument("--memory", help="only print the peak of this case, in MiB")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU; leave the flag out for the CPU")
+    if min(args.prompts, args.max_new_tokens, args.size, args.rounds) < 1:
+        raise SystemExit("--prompts, --max_new_tokens, --size and --rounds must be at least 1")
     found = cases(args)
     if args.memory:
         return print(peak(found[args.memory], args))
@@ -165,4 +169,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; nothing is kept") from None
