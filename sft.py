@@ -1,24 +1,21 @@
 """Supervised fine-tuning (SFT): step 1 of InstructGPT, Ouyang et al. 2022, arXiv:2203.02155v1, 3.5.
 
-Maximise the likelihood of demonstrated responses y, token by token, given their prompts x:
+A person demonstrates good responses y to prompts x. The model learns to imitate them: training
+raises the probability of each token of a response, given the prompt and the tokens before it:
 
-    loss = - sum_t m_t log pi(y_t | x, y_<t) / N            N = sum_t m_t
+    loss = -(1/N)  sum over responses  sum over t  of  log pi(y_t | x, y_<t)
 
-m_t is 1 on the tokens of the response, its EOS included, and 0 on the prompt and on padding; N
-counts the response tokens of the whole optimizer step, however it is split (a "token mean").
+The sums are over response tokens only, EOS included. N is the number of response tokens in the
+whole update, however it is split into parts, so each token counts the same (a "token mean").
 
-    python sft.py                                      # toy: summaries, from the model in tiny/
-    python sft.py --task sentiment                     # toy: reviews in a friendlier tone
-    python sft.py --data mine.jsonl --model gpt2       # lines of {"prompt": ..., "completion": ...}
-    python sft.py --task pretrain --out runs/tiny      # made the model in tiny/, from scratch
+    python sft.py                                    # toy: summaries of short posts
+    python sft.py --task sentiment                   # toy: reviews in a friendlier tone
+    python sft.py --data mine.jsonl --model gpt2     # lines of {"prompt", "completion"}
 
-Where this departs from the paper, and why:
-1. One epoch, no dropout, learning rate warmed up over a tenth of the steps and decayed to 0. The
-   paper: 16 epochs, dropout 0.2, cosine to 10 %, no warm-up. The toy has fresh data for every step
-   and needs neither repetition nor the dropout that makes repetition bearable.
-2. The paper does not say whether prompts were masked. Here the loss is on responses only, and of a
-   chat on the last reply only.
-3. The paper chose its checkpoint by reward-model score; here the last one is kept.
+Departures from the paper: one epoch, no dropout, and a learning rate that falls to 0 (the paper:
+16 epochs, dropout 0.2, cosine to 10 %). The paper does not say whether the loss includes prompts;
+here it does not, and of a chat only the last reply is learned. The paper selects a checkpoint by
+its reward model's score; here the last one is saved.
 """
 
 import argparse
@@ -26,123 +23,175 @@ import json
 import math
 import random
 import re
-import tempfile
-from pathlib import Path
+from statistics import mean
 
 import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (check_finite, check_flags, checkpoint, common_flags, deferred_interrupt, fail,
-                   get_text, load_model, load_state, open_log, plot, read_jsonl, report, restore,
-                   save_model, save_state, settle, split_by_prompt, stopped)
+from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
+                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
 
 # ------------------------------------------------------------------------------------ the loss
 
 
 def sft_loss(logps, mask, normalizer=None):
-    """Mean negative log-likelihood of response tokens (InstructGPT 3.5).
+    """Mean negative log-likelihood of response tokens (InstructGPT 3.5), in nats per token.
 
-    logps, mask: (B, T), log-probs in nats and 1 on response tokens. normalizer: response tokens of
-    the whole optimizer step; the default is those of this call. Returns a scalar, nats per token.
+    logps, mask: (B, T), log-probs in nats, and 1 on response tokens. normalizer: the number of
+    response tokens in the whole update; the default is their number in this call. A scalar.
     """
     return -(logps * mask).sum() / (mask.sum() if normalizer is None else normalizer)
 
 
-# ------------------------------------------------------------------------- the log-prob gather
+# --------------------------------------------------------------------- log-probs of responses
 
 
 class GatherLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[n, targets[n]], without ever holding the (N, V) logits.
+    """log softmax(hidden @ weight.T)[target] without the (N, V) logits in memory.
 
-    Walks the vocabulary in chunks of columns: the forward pass keeps a running logsumexp, the
-    backward pass computes each chunk's softmax again. In fp32 (or float64) whatever comes in.
+    The logits would be the largest tensor of a step. So the vocabulary is walked in chunks of
+    columns, and the backward pass computes each chunk once more instead of keeping it.
     """
-
-    COLUMNS = 4096
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (N, D)
-        target_logit = (h * weight[targets]).sum(1)  # (N,)
-        logsumexp = torch.full_like(target_logit, -math.inf)  # (N,)
-        buffer = h.new_empty(len(h) * GatherLogps.COLUMNS)  # one for all chunks
-        with torch.autocast(h.device.type, enabled=False):
-            for w in weight.split(GatherLogps.COLUMNS):  # (C, D)
-                logits = buffer[:len(h) * len(w)].view(len(h), len(w))  # (N, C)
-                torch.mm(h, w.to(h.dtype).T, out=logits)
-                top = logits.amax(1)  # (N,)
-                chunk = logits.sub_(top[:, None]).exp_().sum(1).log_() + top  # (N,), in place
-                logsumexp = torch.logaddexp(logsumexp, chunk)
+        chunks = [(hidden @ w.T).logsumexp(1) for w in weight.split(4096)]
+        logsumexp = torch.stack(chunks).logsumexp(0)  # (N,)
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        return target_logit - logsumexp
+        return (hidden * weight[targets]).sum(1) - logsumexp
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
-        h, g = hidden.to(logsumexp.dtype), grad[:, None]  # (N, D), (N, 1)
-        # d logp / d logits = onehot(target) - softmax; the one-hot part needs no logits.
-        grad_h = g * weight[targets]  # (N, D)
-        grad_w = torch.empty_like(weight, dtype=h.dtype) if ctx.needs_input_grad[1] else None
-        buffer = h.new_empty(len(h) * GatherLogps.COLUMNS)
-        for start in range(0, len(weight), GatherLogps.COLUMNS):
-            columns = slice(start, start + GatherLogps.COLUMNS)
-            w = weight[columns].to(h.dtype)  # (C, D)
-            softmax = buffer[:len(h) * len(w)].view(len(h), len(w))  # (N, C)
-            torch.mm(h, w.T, out=softmax).sub_(logsumexp[:, None]).exp_().mul_(-g)  # times -grad
-            grad_h.addmm_(softmax, w)
-            if grad_w is not None:
-                torch.mm(softmax.T, h, out=grad_w[columns])  # each slice is written once
-        if grad_w is not None:
-            grad_w = grad_w.index_add_(0, targets, g * h).to(weight.dtype)
-        return grad_h.to(hidden.dtype), grad_w, None
+        grad = grad[:, None]  # (N, 1)
+        # d logp / d logits = onehot(target) - softmax. The one-hot part needs no logits.
+        grad_hidden = grad * weight[targets]  # (N, D)
+        grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
+        for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
+            softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
+            grad_hidden.addmm_(softmax, w)
+            grad_w.addmm_(softmax.T, hidden)
+        return grad_hidden, grad_weight, None
 
 
 def gather_logps(hidden, weight, targets):
-    """Log-prob of each target: hidden (N, D), weight (V, D), targets (N,) -> (N,), in nats."""
+    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,)."""
     return GatherLogps.apply(hidden, weight, targets)
 
 
-def token_logps(model, batch):
-    """Log-prob of every response token of a batch made by `collate`: (N,)."""
-    hidden = model.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"], use_cache=False).last_hidden_state  # (B, T, D)
-    hidden = hidden.flatten(0, 1).index_select(0, batch["index"])  # (B*T, D) -> (N, D)
-    return gather_logps(hidden, model.get_output_embeddings().weight, batch["targets"])
-
-
-def response_logps(model, batch):
-    """Summed log-prob of each response, its EOS included, and its length: (B,), (B,)."""
-    logps = token_logps(model, batch)  # (N,)
-    zeros = logps.new_zeros(len(batch["last"]))  # (B,), of responses
-    return (zeros.index_add(0, batch["rows"], logps),
-            zeros.index_add(0, batch["rows"], torch.ones_like(logps)))
-
-
 def collate(sequences, device):
-    """A batch of B (prompt ids, response ids), padded on the right to T tokens.
+    """Token ids (B, T) of B sequences (prompt ids, response ids), padded on the right.
 
-    The lists that say where the N response tokens stand, and which of a response is the last, are
-    made here, on the host, so that the device never has to be asked. Masks come from lengths: a pad
-    may share its id with EOS. "padding" is the share of pads.
+    Also, for the N response tokens of the batch: the flat positions (in B * T) where they are
+    predicted, their ids, and the rows that they belong to; (N,) each. No mask is needed: attention
+    is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
+    avoids GPU synchronisation.
     """
-    B, T = len(sequences), max(len(p) + len(r) for p, r in sequences)
-    input_ids, attention_mask = torch.zeros(2, B, T, dtype=torch.long)
-    index, targets, rows, last = [], [], [], []
+    T = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.zeros(len(sequences), T, dtype=torch.long)
+    where, targets, rows = [], [], []
     for b, (prompt, response) in enumerate(sequences):
-        length = len(prompt) + len(response)
-        input_ids[b, :length] = torch.tensor(prompt + response)
-        attention_mask[b, :length] = 1
-        index += range(b * T + len(prompt) - 1, b * T + length - 1)  # t - 1 predicts token t
+        end = len(prompt) + len(response)
+        ids[b, :end] = torch.tensor(prompt + response)
+        where += range(b * T + len(prompt) - 1, b * T + end - 1)  # token t is predicted at t - 1
         targets += response
         rows += [b] * len(response)
-        last.append(b * T + length - 1)
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask,
-             "position_ids": torch.arange(T).expand(B, T), "index": torch.tensor(index),
-             "targets": torch.tensor(targets), "rows": torch.tensor(rows),
-             "last": torch.tensor(last)}
-    batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-    return batch | {"padding": 1 - float(attention_mask.float().mean())}
+    return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
+
+
+def hidden_states(model, ids, where):
+    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
+    return hidden.to(model.dtype)  # fp32
+
+
+def response_logps(model, sequences):
+    """Summed log-prob of each response, its EOS included, and its length in tokens: (B,), (B,)."""
+    ids, where, targets, rows = collate(sequences, model.device)
+    hidden = hidden_states(model, ids, where)  # (N, D)
+    logps = gather_logps(hidden, model.get_output_embeddings().weight, targets)  # (N,)
+    zeros = logps.new_zeros(len(sequences))  # (B,)
+    sums = zeros.index_add(0, rows, logps)
+    lengths = zeros.index_add(0, rows, torch.ones_like(logps))
+    return sums, lengths
+
+
+def split_batch(groups, max_tokens):
+    """Split a batch into parts of at most max_tokens tokens, padding included.
+
+    A group is a list of sequences that stay together. Groups of similar length share a part, so
+    there is little padding. The gradients of the parts add up to that of the batch: memory is
+    bounded by max_tokens, whatever the batch size. Returns lists of indices into groups.
+    """
+    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    parts, rows = [[]], 0
+    for T, g in sorted(zip(longest, range(len(groups)))):
+        rows += len(groups[g])
+        if parts[-1] and rows * T > max_tokens:
+            parts.append([])
+            rows = len(groups[g])
+        parts[-1].append(g)
+    return parts
+
+
+def batch_losses(model, examples, max_tokens):
+    """The loss of a batch of examples, in parts that add up to it.
+
+    Each part is divided by the number of response tokens in the whole batch. Divided by its own
+    tokens, a part with short responses would count too much.
+    """
+    tokens = sum(len(response) for _, response in examples)
+    for part in split_batch([[example] for example in examples], max_tokens):
+        logps, _ = response_logps(model, [examples[i] for i in part])  # (b,), summed over tokens
+        yield sft_loss(logps, torch.ones_like(logps), normalizer=tokens)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
+    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+
+    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
+    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    """
+    torch.manual_seed(seed)
+    responses = [[] for _ in prompts]
+    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+        ids = [torch.tensor(prompts[i]) for i in rows]
+        ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+        ids = ids.to(model.device)  # (B, T)
+        mask = (ids >= 0).long()  # (B, T)
+        ids = ids.clamp(min=0)
+        cache = None
+        for _ in range(max_new_tokens):
+            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+                out = model(
+                    input_ids=ids[:, -new:],
+                    position_ids=positions[:, -new:],
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1)
+            cache = out.get("past_key_values")  # state-space models have none
+            logits = out.logits[:, -1].float() / temperature  # (B, V)
+            token = logits.softmax(1).multinomial(1)  # (B, 1)
+            for i, t in zip(rows, token[:, 0].tolist()):
+                responses[i].append(t)
+            going = [b for b, i in enumerate(rows) if responses[i][-1] not in tokenizer.stop_ids]
+            if not going:
+                break
+            rows = [rows[b] for b in going]  # rows that have ended are left behind
+            ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
+            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
+            if cache:
+                cache.batch_select_indices(torch.tensor(going, device=model.device))
+    return responses
 
 
 # ------------------------------------------------------------------------------- the toy tasks
@@ -166,15 +215,13 @@ FILLER = ("It rained a lot.", "I had not slept well.", "Nobody said a word.", "T
           "Please help if you can.")
 
 
-def toy_prompts(held_out):
-    """Prompts of the sentiment task, in a fixed random order: the last 40 are held out."""
-    prompts = [f"{who} {saw} the {show} {when}."
-               for who in ("I", "We", "My sister", "Our class", "Two friends")
-               for saw in ("saw", "watched")
-               for show in ("film", "movie", "musical", "opera", "play", "series")
-               for when in ("last night", "yesterday", "on Friday", "in London", "with friends")]
-    random.Random(0).shuffle(prompts)
-    return prompts[-40:] if held_out else prompts[:-40]
+def toy_prompts():
+    """300 openings of reviews, such as "I saw the film yesterday."."""
+    return [f"{who} {saw} the {show} {when}."
+            for who in ("I", "We", "My sister", "Our class", "Two friends")
+            for saw in ("saw", "watched")
+            for show in ("film", "movie", "musical", "opera", "play", "series")
+            for when in ("last night", "yesterday", "on Friday", "in London", "with friends")]
 
 
 def toy_review(rng, weights):
@@ -188,6 +235,12 @@ def toy_review(rng, weights):
         text += rng.choice((" The {} was {}.", " I found the {} {}.")).format(
             aspect, " and ".join(words))
     return text
+
+
+def toy_reward(review):
+    """The true reward: the number of positive words minus the number of negative words."""
+    words = re.findall(r"\w+", review)
+    return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
 
 
 def toy_post(rng):
@@ -208,17 +261,6 @@ def toy_summary(facts):
     return f" {facts.get('who', 'Somebody')} lost {what}{where}{when}."
 
 
-def toy_corrupt(rng, facts):
-    """Facts as a careless reader reports them: half of the time some are lost or made up."""
-    careless = rng.random() < 0.5
-    heard = {}
-    for kind, fact in facts.items():
-        fate = rng.random() if careless else 0.0
-        if fate < 0.7:
-            heard[kind] = fact if fate < 0.4 else rng.choice(FACTS[kind])
-    return heard
-
-
 def toy_quality(summary, facts):
     """True quality of a summary: recall of facts - made-up facts - 0.01 a word; also the parts."""
     words = re.findall(r"\w+", summary)
@@ -228,288 +270,163 @@ def toy_quality(summary, facts):
     return {"quality": recall - made_up - 0.01 * len(words), "recall": recall, "made_up": made_up}
 
 
-def toy_grammatical(review):
-    """One or two sentences of the toy's grammar, whatever their aspects and adjectives."""
-    word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
-    subject = rf"(?:The (?:{aspect}) was|I found the (?:{aspect}))"
-    sentence = rf" {subject} (?:{word})(?: and (?:{word}))?\."
-    return bool(re.fullmatch(f"(?:{sentence}){{1,2}}", review))
+def toy_rows(task, count, seed):
+    """Demonstrations: posts with a summary of all their facts, or mostly friendly reviews."""
+    rng = random.Random(seed)
+    if task == "sentiment":
+        return [{"prompt": prompt, "completion": toy_review(rng, weights=(6, 3, 1))}
+                for prompt in rng.choices(toy_prompts(), k=count)]
+    posts = [toy_post(rng) for _ in range(count)]
+    return [{"prompt": post, "completion": toy_summary(facts), "facts": facts}
+            for post, facts in posts]
 
 
-def toy_reward(review):
-    """The true reward: positive words minus negative words, wherever they stand."""
-    words = re.findall(r"\w+", review)
-    return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
+def toy_metrics(rows, texts):
+    """The true quality of one text for each row, averaged over the rows."""
+    if "facts" not in rows[0]:
+        return {"review/true_reward": mean(map(toy_reward, texts))}
+    parts = [toy_quality(text, row["facts"]) for text, row in zip(texts, rows)]
+    return {f"summary/{key}": mean(part[key] for part in parts) for key in parts[0]}
 
 
-def toy_rows(task, count, seed, held_out=False):
-    """Rows {"prompt", "completion", "facts"} of a toy task; pretraining mixes both, unpolished."""
-    rng = random.Random(f"{seed} {held_out}")
-    prompts = toy_prompts(held_out)
-    rows = []
-    for _ in range(count):
-        if task == "sentiment" or (task == "pretrain" and rng.random() < 0.5):
-            weights = (1, 1, 1) if task == "pretrain" else (6, 3, 1)
-            rows.append({"prompt": rng.choice(prompts), "completion": toy_review(rng, weights)})
-        else:
-            prompt, facts = toy_post(rng)
-            told = toy_corrupt(rng, facts) if task == "pretrain" else facts
-            rows.append({"prompt": prompt, "completion": toy_summary(told), "facts": facts})
-    return rows
+# ------------------------------------------------------------------------- data and evaluation
 
 
-def toy_new_model(rows, device):
-    """An untrained GPT-2 of half a million parameters, and a byte-level BPE learned on the rows."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config
-
-    end = "<|endoftext|>"
-    bpe = ByteLevelBPETokenizer()
-    texts = (row["prompt"] + row["completion"] for row in rows[:4000])
-    bpe.train_from_iterator(texts, vocab_size=767, min_frequency=2, show_progress=False)
-    with tempfile.TemporaryDirectory() as folder:
-        bpe.save_model(folder)  # vocab.json, merges.txt
-        path = Path(folder) / "vocab.json"
-        vocab = json.loads(path.read_text(encoding="utf-8"))
-        vocab[end] = len(vocab)
-        path.write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-        path.with_name("tokenizer_config.json").write_text(json.dumps(
-            {"tokenizer_class": "GPT2Tokenizer", "bos_token": end, "eos_token": end,
-             "unk_token": end, "model_max_length": 512}))
-        GPT2Config(vocab_size=len(vocab), n_positions=512, n_embd=128, n_layer=2, n_head=4,
-                   bos_token_id=vocab[end], eos_token_id=vocab[end]).save_pretrained(folder)
-        return load_model(folder, device=device)  # a folder without weights: they are random
-
-
-# ---------------------------------------------------------------------------------------- data
-
-
-def read_demonstrations(path):
-    """Rows {"prompt", "completion"} of a file in that format, or in {"messages": [...]}."""
-    example = '{"prompt": "...", "completion": "..."}'
-    rows = []
-    for place, row in read_jsonl(path):
+def encode_demonstrations(tokenizer, rows, args):
+    """The usable rows, each with a new key "example": (prompt ids, response ids)."""
+    usable = []
+    for row in rows:
         if "messages" in row:  # the last message is the response, those before it are the prompt
-            messages = row["messages"]
-            if not (isinstance(messages, list) and len(messages) > 1
-                    and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"):
-                fail(f'{place}: "messages" must be a list that ends with a reply of the assistant')
-            row = {"prompt": messages[:-1], "completion": messages[-1:]}
-        rows.append({key: get_text(place, row, key, example) for key in ("prompt", "completion")})
-    return rows
-
-
-def encode_demonstrations(tokenizer, rows, max_length):
-    """Examples (prompt ids, response ids), and counts of the rows that are dropped or cut."""
-    ids = [tokenizer.encode_example(row["prompt"], row["completion"], max_length) for row in rows]
-    examples = [example for example in ids if example]
-    cut = sum(response[-1] != tokenizer.eos_id for _, response in examples)
-    return examples, {"dropped": len(rows) - len(examples), "cut": cut}
-
-
-# ---------------------------------------------------------------------------------- evaluation
+            chat = row["messages"]
+            if not chat or dict(chat[-1]).get("role") != "assistant":
+                fail(f'{row["where"]}: "messages" has to end with a reply of the assistant')
+            row = dict(row, prompt=chat[:-1], completion=chat[-1:])
+        example = tokenizer.encode_example(get_text(row, "prompt"), get_text(row, "completion"),
+                                           args.max_length, room=args.max_new_tokens)
+        if example:
+            usable.append(dict(row, example=example))
+    cut = sum(row["example"][1][-1] != tokenizer.eos_id for row in usable)
+    print(f"{len(usable)} demonstrations, {cut} responses cut at --max_length; left out: "
+          f"{len(rows) - len(usable)} without room for --max_new_tokens after the prompt")
+    return usable or fail("no demonstration is left; see --max_length and --max_new_tokens")
 
 
 @torch.no_grad()
-def score(model, sequences, autocast, size=64):
-    """Summed log-probs of any number of (prompt ids, response ids): (len(sequences),)."""
-    with autocast:
-        parts = [response_logps(model, collate(sequences[i:i + size], model.device))[0]
-                 for i in range(0, len(sequences), size)]
-    return torch.cat(parts).cpu()
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, size=256):
-    """A response of the model's own distribution to each list of prompt ids, with its EOS.
-
-    Returns (responses, logps): token ids, and their log-probs at that temperature, a list for each
-    prompt. From the whole vocabulary: no top-k, no top-p. Prompts of like length stand together,
-    padded on the left; once half of a batch has ended, the others go on alone.
-    """
-    torch.manual_seed(seed)
-    eos, context = tokenizer.eos_id, getattr(model.config, "max_position_embeddings", 1024)
-    responses, logps = [[] for _ in prompts], [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for rows in (order[i:i + size] for i in range(0, len(order), size)):  # B prompts
-        T, cache = len(prompts[rows[-1]]), None
-        pads = [T - len(prompts[i]) for i in rows]
-        ids = torch.tensor([[eos] * n + prompts[i] for n, i in zip(pads, rows)]).to(model.device)
-        mask = torch.tensor([[0] * n + [1] * (T - n) for n in pads]).to(model.device)  # (B, T)
-        for _ in range(min(max_new_tokens, context - T)):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), T growing: pads shift nobody
-            out = model(input_ids=ids[:, -new:], attention_mask=mask, past_key_values=cache,
-                        position_ids=positions[:, -new:], use_cache=True, logits_to_keep=1)
-            cache = out.get("past_key_values")  # state-space models have none, and read all again
-            every = (out.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
-            # With E drawn from Exp(1) for each token, argmax p/E is a draw from p.
-            token = (every.exp() / torch.empty_like(every).exponential_()).argmax(1, True)  # (B, 1)
-            logp = every.gather(1, token)  # (B, V) -> (B, 1)
-            for i, t, p in zip(rows, token[:, 0].tolist(), logp[:, 0].tolist(), strict=True):
-                if eos not in responses[i][-1:]:
-                    responses[i].append(t)
-                    logps[i].append(p)
-            ids = torch.cat([ids, token], 1)  # (B, T + 1)
-            mask = torch.cat([mask, torch.ones_like(token)], 1)  # (B, T + 1)
-            going = [b for b, i in enumerate(rows) if responses[i][-1] != eos]
-            if not going:
-                break
-            if 2 * len(going) <= len(rows):
-                keep = torch.tensor(going).to(model.device)
-                ids, mask, rows = ids[keep], mask[keep], [rows[b] for b in going]
-                if cache:
-                    cache.batch_select_indices(keep)
-    return responses, logps
-
-
-def evaluate(model, tokenizer, test, rows, args, autocast):
-    """Metrics on held-out examples and rows (a dict), and samples for the rows (texts)."""
-    lengths = sum(len(response) for _, response in test)
-    metrics = {"loss": -float(score(model, test, autocast).sum()) / lengths}
-    asked = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
-    texts = [tokenizer.decode(ids) for ids in
-             sample(model, tokenizer, asked, args.max_new_tokens, args.seed)[0]]
-    mean = lambda values: sum(values) / len(values)
-    summaries = [toy_quality(t, row["facts"]) for t, row in zip(texts, rows) if "facts" in row]
-    reviews = [t for t, row in zip(texts, rows) if not args.data and "facts" not in row]
-    if summaries:
-        metrics |= {f"summary/{key}": mean([s[key] for s in summaries]) for key in summaries[0]}
-    if reviews:
-        metrics["review/true_reward"] = mean([toy_reward(review) for review in reviews])
-        metrics["review/grammatical"] = mean([toy_grammatical(review) for review in reviews])
-        for name, tone in (("positive", POSITIVE), ("neutral", NEUTRAL), ("negative", NEGATIVE)):
-            words = [w in tone for review in reviews for w in re.findall(r"\w+", review)]
-            metrics[f"review/{name}_words"] = sum(words) / len(reviews)
+def evaluate(model, tokenizer, rows, args):
+    """The loss on held-out rows, the true quality of samples (toy only), and the samples."""
+    examples = [row["example"] for row in rows]
+    metrics = {"loss": float(sum(batch_losses(model, examples, args.max_tokens)))}
+    prompts = [prompt for prompt, _ in examples[:8 if args.data else None]]
+    responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed)
+    texts = [tokenizer.decode(response) for response in responses]
+    if not args.data:
+        metrics |= toy_metrics(rows, texts)
     return metrics, texts
-
-
-def toy_baselines(rows):
-    """Quality of the first sentence and of the first three as summaries: lead-1 and lead-3."""
-    posts = [row for row in rows if "facts" in row]
-    return {f"summary/{key} of lead-{k}": sum(toy_quality(
-        ".".join(row["prompt"].split(".")[:k]), row["facts"])[key] for row in posts) / len(posts)
-        for k in (1, 3) for key in ("quality", "recall") if posts}
 
 
 # ------------------------------------------------------------------------------------ the loop
 
 
 def schedule(step, steps):
-    """Share of the learning rate: up over the first tenth of the steps, then down to 0."""
+    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
     warmup = max(1, steps // 10)
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
 def train(args):
-    """Run the algorithm; returns final metrics; leaves model, log and samples in args.out."""
-    # 1. Demonstrations, and the model to start from.
+    """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
+    open_folder(args)
+
+    # 1. The model.
+    model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
+    peak_lr = args.lr or (1e-3 if model.num_parameters() < 1e7 else 1e-5)
+
+    # 2. Demonstrations, from a file or of the toy. All those of some prompts are held out.
     if args.data:
-        rows, held_out = split_by_prompt(read_demonstrations(args.data), args.held_out, args.seed)
+        rows = read_jsonl(args.data)
     else:
         rows = toy_rows(args.task, args.examples, args.seed)
-        held_out = toy_rows(args.task, 200, args.seed, held_out=True)
-    if args.task == "pretrain":
-        model, tokenizer = toy_new_model(rows, args.device)
-    else:
-        model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    autocast = settle(args, model, lr_small=3e-3 if args.task == "pretrain" else 1e-3, lr=1e-5)
-    state = load_state(args.out, args) if args.resume else {"step": 0}
-
-    # 2. Text to token ids. What does not fit is counted, and never changed silently.
-    examples, lost = encode_demonstrations(tokenizer, rows, args.max_length)
-    test, _ = encode_demonstrations(tokenizer, held_out, args.max_length)
-    if not examples or not test:
-        fail(f"--max_length {args.max_length}: no row of {args.data or 'the toy'} fits; "
-             "give a larger one")
-    print(f"{len(examples)} demonstrations, {len(test)} held out. {lost['dropped']} dropped (no "
-          f"room behind the prompt), {lost['cut']} responses cut")
+    rows, held_out, _ = split_by_prompt(encode_demonstrations(tokenizer, rows, args), 200)
+    examples = [row["example"] for row in rows]
     tokenizer.show(*examples[0])
 
-    # 3. Batches, made once: an epoch shuffles their order, not what is in them.
-    random.Random(args.seed).shuffle(examples)
-    batches = [examples[i:i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
-    steps = args.steps or math.ceil(len(batches) * args.epochs)
-    order = []
-    while len(order) < steps:
-        order += random.Random(args.seed + len(order)).sample(range(len(batches)), len(batches))
+    # 3. Evaluate before training. This also shows early whether the evaluation works.
+    before, old_texts = evaluate(model, tokenizer, held_out, args)
 
-    # 4. Before.
-    fits = [row for row in held_out
-            if len(tokenizer.encode_prompt(row["prompt"])) < args.max_length]
-    shown = fits[:8] if args.data else fits
-    before = state.get("before") or evaluate(model, tokenizer, test, shown, args, autocast)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
+    # 4. Batches: each epoch visits all demonstrations in a new order.
+    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch_size)
+    batches = []
+    while len(batches) < steps:
+        order = random.Random(f"{args.seed} {len(batches)}").sample(examples, len(examples))
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
+    run, start = fingerprint(args, examples), 0
     if args.resume:
-        restore(state, model, optimizer)
+        start = load_state(args.out, model, optimizer, run)["step"]
+    log = open_log(args.out, start)
 
-    progress = tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=None)
-    with open_log(args.out, args, state["step"]) as log, deferred_interrupt() as pressed:
-        for step in progress:
-            batch = batches[order[step]]
-            tokens = sum(len(response) for _, response in batch)
+    progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
+    for step in progress:
+        # 5. The loss and its gradient, part by part.
+        loss = 0.0
+        for part in batch_losses(model, batches[step], args.max_tokens):
+            part.backward()
+            loss += part.detach()
 
-            # 5. The loss and its gradient, part by part, divided by the tokens of the whole batch.
-            losses, size = [], math.ceil(len(batch) / args.accumulate)
-            for i in range(0, len(batch), size):
-                with autocast:
-                    logps = token_logps(model, collate(batch[i:i + size], model.device))  # (N,)
-                # A token mean does not care for rows: all response tokens can stand in one, (1, N).
-                loss = sft_loss(logps[None], torch.ones_like(logps)[None], normalizer=tokens)
-                loss.backward()
-                losses.append(loss.detach())
-            norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
+        # 6. The update. A state is saved before it, with weights that gave a finite loss.
+        norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        if not math.isfinite(norm):
+            fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
+        if step % args.save_every == 0:
+            save_state(args.out, model, optimizer, run=run, step=step)
+        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            # 6. The update. A state is saved before it, of weights that gave a finite loss.
-            loss = float(sum(losses))
-            checkpoint(args, step, loss + norm, pressed, model, optimizer, before=before)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule(step, steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"],
-                   "tokens": tokens}
-            log.write(json.dumps(row) + "\n")
-            progress.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
-        if steps > state["step"]:  # the last update too must leave weights that give numbers
-            check_finite(args, steps - 1, float(score(model, batch[:1], autocast).sum()))
-        save_state(args.out, args, model, optimizer, step=steps, before=before)
+        # 7. What to watch.
+        row = {"step": step + 1, "lr": lr, "grad_norm": norm, "loss": float(loss)}
+        log.write(json.dumps(row) + "\n")
+        progress.set_postfix(loss=row["loss"])
 
-    # 7. After.
-    after, texts = evaluate(model, tokenizer, test, shown, args, autocast)
-    before, old_texts = before
-    if not args.data:
-        before, after = before | toy_baselines(held_out), after | toy_baselines(held_out)
-    samples = [{"prompt": row["prompt"], "before": old, "after": new}
-               for row, old, new in zip(shown, old_texts, texts)]
-    report(args.out, {"before": before, "after": after}, samples)
-    plot(args.out, [["loss"], ["grad_norm"], ["lr"]])
+    # 8. Save, then compare with the model before training and with simple summaries.
     save_model(model, tokenizer, args.out)
-    (Path(args.out) / "state.pt").unlink()  # this run is complete
+    after, new_texts = evaluate(model, tokenizer, held_out, args)
+    columns = {}
+    if args.task == "summarization" and not args.data:  # baselines: the first k sentences
+        for k in (1, 3):
+            leads = [".".join(row["prompt"].split(".")[:k]) for row in held_out]
+            columns[f"lead-{k}"] = toy_metrics(held_out, leads)
+    samples = [{"prompt": row["prompt"], "before": old, "after": new}
+               for row, old, new in zip(held_out, old_texts, new_texts)]
+    report(args.out, columns | {"before": before, "after": after}, samples,
+           panels=[["loss"], ["grad_norm"], ["lr"]])
     return after
 
 
 def parse_args(argv=None):
-    """The command line; --help shows every default."""
-    parser = argparse.ArgumentParser(description="Supervised fine-tuning: see the docstring")
-    common_flags(parser, out="runs/sft", batch_size=32,
-                 lr_help="1e-3 below 10M parameters, 3e-3 for pretrain, else 1e-5; LoRA twice, "
-                 "or above 10M ten times that")
-    flag = parser.add_argument_group("demonstrations").add_argument
-    flag("--task", default="summarization", choices=["summarization", "sentiment", "pretrain"],
-         help="the toy task; pretrain makes a new model that knows both, badly on purpose")
-    flag("--examples", type=int, help="toy: demonstrations to learn from (derived: 3200; pretrain "
-         "128000, in batches of 64)")
-    args = parser.parse_args(argv)
-    if args.task == "pretrain" and args.data:
-        fail("--task pretrain makes its own data; leave out --data")
-    if args.task == "pretrain" and args.examples is None:
-        args.batch_size = 64
-    args.examples = args.examples or (128000 if args.task == "pretrain" else 3200)
-    check_flags(args)
-    return args
+    """The command line; --help shows all defaults."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
+    flag("--data", help='JSON Lines file of {"prompt", "completion"} or {"messages"}; None: toy')
+    flag("--out", default="runs/sft", help="folder for the model and what happened")
+    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
+    flag("--task", default="summarization", choices=["summarization", "sentiment"], help="toy")
+    flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
+    flag("--epochs", type=int, default=1, help="passes over the demonstrations")
+    flag("--steps", type=int, help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type=int, default=32, help="demonstrations in an update")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
+    flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
+    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
+    flag("--examples", type=int, default=3400, help="toy: demonstrations to make")
+    flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
+    flag("--seed", type=int, default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -1,0 +1,178 @@
+"""Chain of Hindsight: Liu et al. 2023, arXiv:2302.02676.
+
+A failure and a success at the same task are put into one text, each behind a word of feedback:
+
+    <instruction> Bad: <output that failed> Good: <output that followed the instruction>
+
+The model learns to predict both outputs. So it learns what "Good:" means, and it is asked with that
+word afterwards. HIR (hir.py, which is the parent of this file) puts the instruction that was obeyed
+above a failure instead, and so does not have to wait for a success.
+
+    python -m variants.chain_of_hindsight                 # toy: the reviews of hir.py
+    python -m variants.chain_of_hindsight --data mine.jsonl --model gpt2
+
+Departures from the paper: data are the model's own samples, as in HIR; the two outputs come in
+either order; past tokens are not masked at random, and there is no pretraining term.
+"""
+
+import argparse
+import json
+import math
+import random
+
+import torch
+from tqdm import tqdm
+
+from hir import (ask, evaluate, hir_loss, output_statistics, read_tasks, sample_and_relabel,
+                 schedule, split_batch, toy_warm_up)
+from model import (context_length, fail, fingerprint, load_model, load_state, open_folder, open_log,
+                   report, save_model, save_state, stopped)
+
+GOOD, BAD = " Good:", " Bad:"
+
+
+def chains(online):
+    """(task, an output that failed, an output that followed) for each success beside a failure."""
+    outputs = {}
+    for problem, wanted, obeyed, output in online:
+        key = str(ask(problem, wanted))
+        task, bad, good = outputs.setdefault(key, ((problem, wanted), [], []))
+        (good if obeyed == wanted else bad).append(output)
+    return [(task, bad[k % len(bad)], success) for task, bad, good in outputs.values() if bad
+            for k, success in enumerate(good)]
+
+
+def chain_sequences(tokenizer, task, bad, good, rng):
+    """[(prompt ids, first output), (prompt and first output and word, second output)].
+
+    The order is random, because a good output must also be found without a bad one before it.
+    """
+    pair = [(BAD, bad), (GOOD, good)]
+    (word, first), (second_word, second) = rng.sample(pair, 2)
+    start = tokenizer.encode_prompt(ask(*task)) + tokenizer.encode(word)
+    return [(start, first), (start + first + tokenizer.encode(second_word), second)]
+
+
+def train(args):
+    """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
+    open_folder(args)
+
+    # 1. The model and the tasks, as in hir.py. A prompt is followed by two outputs and two words.
+    model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
+    lr = args.lr or (4e-3 if model.num_parameters() < 1e7 else 1e-5)
+    room = context_length(model) - 2 * (args.max_new_tokens + len(tokenizer.encode(GOOD)))
+    tasks, groups = read_tasks(tokenizer, args, room)
+    run = fingerprint(args, tasks)
+    if not args.data:
+        toy_warm_up(model, tokenizer, args)
+    before = evaluate(model, tokenizer, groups, args, GOOD)
+
+    # 2. An episode is `count` samples and K updates. All samples are kept.
+    count = args.rounds * args.batch_size
+    K = math.ceil(args.epochs * args.rounds)
+    steps = args.episodes * K
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    start, online = 0, []
+    if args.resume:
+        state = load_state(args.out, model, optimizer, run)
+        start, online = state["step"], state["online"]
+    log = open_log(args.out, start)
+
+    progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
+    for step in progress:
+        # 3. Online: sample an episode, unless the state that was loaded holds it already.
+        if len(online) == step // K * count:
+            rng = random.Random(f"{args.seed} episode {step}")
+            asked = rng.choices(tasks, k=count)
+            online += sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args, GOOD)
+        examples = chains(online)
+        if not examples:
+            fail(f"{count} samples hold no success beside a failure at the same task; take more "
+                 "--rounds, or hir.py, which can also learn from failures alone")
+
+        # 4. Offline: draw chains, and take the supervised part of HIR's loss on their outputs.
+        rng = random.Random(f"{args.seed} {step}")
+        batch = [chain_sequences(tokenizer, *chain, rng)
+                 for chain in rng.choices(examples, k=args.batch_size)]
+        if step == 0:
+            tokenizer.show(*batch[0][1])
+        seen = []
+        for part in split_batch(batch, args.max_tokens):
+            sequences = [sequence for g in part for sequence in batch[g]]
+            logps, entropy, vocabulary_logps = output_statistics(model, sequences)  # (2b,) each
+            loss = hir_loss(logps[:, None], entropy, 0.0, 0.0, args.label_smoothing,
+                            vocabulary_logps)  # (2b,)
+            (loss.sum() / (2 * len(batch))).backward()
+            seen.append(torch.stack([loss, entropy, logps]).detach())  # (3, 2b)
+
+        # 5. The update. A state is saved before it, with weights that gave a finite loss.
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, 1.0))
+        if not math.isfinite(norm):
+            fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
+        if step > start and step % args.save_every == 0:
+            save_state(args.out, model, optimizer, run=run, step=step, online=online)
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 6. What to watch.
+        seen = torch.cat(seen, 1).mean(1).tolist()  # (3, 2b) each -> (3, 2B) -> (3,)
+        row = {"step": step + 1, "lr": lr * schedule(step, steps), "grad_norm": norm}
+        row |= dict(zip(("loss", "entropy", "logps/outputs"), seen))
+        followed = [obeyed == wanted for _, wanted, obeyed, _ in online[-count:]]
+        row["online/followed"] = sum(followed) / count
+        row["online/used"] = len(examples) / len(online)
+        log.write(json.dumps(row) + "\n")
+        progress.set_postfix(loss=f"{row['loss']:.3f}", followed=f"{row['online/followed']:.2f}")
+
+    # 7. Save, then ask again.
+    save_model(model, tokenizer, args.out)
+    after = evaluate(model, tokenizer, groups, args, GOOD)
+    samples = [{"asked": ask(*task), "bad": tokenizer.decode(bad), "good": tokenizer.decode(good)}
+               for task, bad, good in examples[:8]]
+    report(args.out, {"before": before, "after": after}, samples, [
+        ["online/followed", "online/used"], ["loss"], ["entropy"]])
+    return after
+
+
+def parse_args(argv=None):
+    """The command line; --help shows all defaults."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
+    flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
+    flag("--out", default="runs/chain_of_hindsight", help="folder for the model and what happened")
+    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
+    flag("--label_smoothing", type=float, default=0.2, help="probability that the loss spreads "
+         "over other tokens")
+    flag("--temperature", type=float, default=0.6, help="of the samples; at temperature 1, label "
+         "smoothing 0.2 makes every fifth token random, and the next episode trains on that")
+    flag("--episodes", type=int, default=8, help="times that samples are drawn and learned from")
+    flag("--rounds", type=int, default=8, help="batches of samples in an episode")
+    flag("--epochs", type=float, default=5.0, help="passes over the samples of an episode")
+    flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
+    flag("--batch_size", type=int, default=32, help="chains in an update")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
+    flag("--samples", type=int, default=400, help="evaluation: samples for each group of tasks")
+    flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: an instruction asks "
+         "for a length; and a mood; and a topic")
+    flag("--warm_up", type=int, default=60, help="toy: steps of SFT before the first episode")
+    flag("--save_every", type=int, default=50, help="updates between saved states, for --resume")
+    flag("--seed", type=int, default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except KeyboardInterrupt:
+        stopped(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""KTO, Kahneman-Tversky optimization: Ethayarajh et al. 2024, arXiv:2402.01306v4.
+
+KTO learns from single responses, each labelled desirable or undesirable, where DPO needs pairs. Its
+reward is DPO's without beta, r = log pi(y|x)/pi_ref(y|x). A response is worth more the further r
+lies above a reference point z, but each further nat counts less, as in prospect theory:
+
+    loss = lambda_D sigma(beta (z - r))    if y is desirable
+           lambda_U sigma(beta (r - z))    if y is undesirable                              (7), (8)
+
+z estimates KL(pi || pi_ref): the mean r of mismatched responses, and 0 if that mean is negative.
+
+    python -m variants.kto                           # toy: reviews, preferring friendly words
+    python -m variants.kto --data mine.jsonl         # lines of {"prompt", "completion", "label"}
+                                                     # or {"prompt", "chosen", "rejected"}
+
+Departures: a mismatched response is a response to another prompt, drawn once before training so
+that the reference scores it only once; the paper shifts each batch by one. Others as in dpo.py.
+"""
+
+import argparse
+import json
+import math
+import random
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from dpo import evaluate, response_logps, schedule, score, split_batch, toy_pairs
+from dpo import parse_args as parse_dpo_args
+from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
+                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+
+# ----------------------------------------------------------------------------------- the loss
+
+
+def kto_loss(policy, reference, desirable, kl, beta, lambda_desirable=1.0, lambda_undesirable=1.0):
+    """KTO, Eqs. (7), (8), for single responses; returns (B,).
+
+    policy, reference: (B,) summed log-probs. desirable: bool (B,). kl: the reference point z, a
+    number without gradient.
+    """
+    r = policy - reference  # (B,)
+    return torch.where(desirable, lambda_desirable * torch.sigmoid(beta * (kl - r)),
+                       lambda_undesirable * torch.sigmoid(beta * (r - kl)))
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def encode_examples(tokenizer, rows, args):
+    """Examples {"prompt", "response", "desirable", "sequence": (prompt ids, response ids)}.
+
+    Each response of a pair becomes an example of its own: the chosen one is desirable.
+    """
+    examples = []
+    for row in rows:
+        labels = {"chosen": True, "rejected": False}
+        if "label" in row:
+            labels = {"completion": row["label"]}
+        if not all(isinstance(label, bool) for label in labels.values()):
+            fail(f'{row["where"]}: "label" is neither true nor false')
+        prompt, texts = get_text(row, "prompt"), [get_text(row, key) for key in labels]
+        for text, desirable in zip(texts, labels.values()):
+            sequence = tokenizer.encode_example(prompt, text, args.max_length, args.max_new_tokens)
+            if sequence and texts.count(text) == 1:  # a pair of equal ones would teach nothing
+                examples.append({"prompt": prompt, "response": text, "desirable": desirable,
+                                 "sequence": sequence})
+    print(f"{len(examples)} responses of {len(rows)} rows; the rest is equal in its pair, or its "
+          "prompt leaves no room for --max_new_tokens")
+    return examples or fail("no response is left; see --max_length and --max_new_tokens")
+
+
+def add_mismatched(tokenizer, examples, pool, args):
+    """For each example [its sequence, its prompt with the response to another prompt]."""
+    rng = random.Random(args.seed)
+    groups = []
+    for example in examples:
+        other = example
+        while other["prompt"] == example["prompt"]:
+            other = rng.choice(pool)
+        mismatched = tokenizer.encode_example(example["prompt"], other["response"], args.max_length)
+        groups.append([example["sequence"], mismatched])
+    return groups
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def train(args):
+    """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
+    open_folder(args)
+
+    # 1. The policy. Before its first step it is also the reference.
+    model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
+    peak_lr = args.lr or (5e-4 if model.num_parameters() < 1e7 else 1e-6)
+
+    # 2. Labelled responses. All responses to some prompts are held out; they may still serve as
+    # mismatched responses, from which nothing is learned.
+    if args.data:
+        rows = read_jsonl(args.data)
+    else:
+        rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
+    pool = encode_examples(tokenizer, rows, args)
+    examples, held_out, prompts = split_by_prompt(pool)
+    groups = add_mismatched(tokenizer, examples, pool, args)
+    desirable = torch.tensor([example["desirable"] for example in examples])
+    tokenizer.show(*groups[0][0])
+
+    # 3. The reference's log-probs, computed while the policy still is the reference.
+    reference_logps = score(model, groups, args.max_tokens)  # (examples, 2)
+
+    # 4. Batches: each epoch visits all examples in a new order.
+    steps = args.steps or args.epochs * math.ceil(len(groups) / args.batch_size)
+    batches = []
+    while len(batches) < steps:
+        order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+    run, start = fingerprint(args, [groups, desirable.tolist()]), 0
+    if args.resume:
+        start = load_state(args.out, model, optimizer, run)["step"]
+    log = open_log(args.out, start)
+
+    progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
+    for step in progress:
+        # 5. The reference point: how far the policy has moved on mismatched responses.
+        batch, seen = batches[step], []
+        mismatched = score(model, [[groups[i][1]] for i in batch], args.max_tokens)  # (B, 1)
+        kl = (mismatched[:, 0] - reference_logps[batch, 1]).mean().clamp(min=0)  # (B,) -> ()
+
+        # 6. The loss and its gradient, part by part.
+        for part in split_batch([[groups[i][0]] for i in batch], args.max_tokens):
+            part = [batch[g] for g in part]
+            logps, _ = response_logps(model, [groups[i][0] for i in part])  # (b,)
+            reference = reference_logps[part, 0].to(model.device)  # (b,)
+            good = desirable[part].to(model.device)  # (b,)
+            loss = kto_loss(logps, reference, good, kl, args.beta, args.lambda_desirable,
+                            args.lambda_undesirable)
+            (loss.sum() / len(batch)).backward()
+            rewards = args.beta * (logps - reference)
+            seen.append(torch.stack([loss, logps, rewards, good]).detach())  # (4, b)
+
+        # 7. The update. A state is saved before it, with weights that gave a finite loss.
+        norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        loss, logps, rewards, good = torch.cat(seen, 1).cpu()  # (4, b) each -> (B,) each
+        if not math.isfinite(norm):
+            fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
+        if step % args.save_every == 0:
+            save_state(args.out, model, optimizer, run=run, step=step)
+        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 8. What to watch. A batch may hold desirable or undesirable responses only.
+        row = {
+            "step": step + 1,
+            "lr": lr,
+            "grad_norm": norm,
+            "loss": float(loss.mean()),
+            "kl/mismatched": float(kl)}
+        for side, mask in (("chosen", good == 1), ("rejected", good == 0)):
+            if mask.any():
+                row[f"logps/{side}"] = float(logps[mask].mean())
+                row[f"rewards/{side}"] = float(rewards[mask].mean())
+        log.write(json.dumps(row) + "\n")
+        progress.set_postfix(loss=row["loss"])
+
+    # 9. Save, then compare with the reference. The test pairs are a desirable and an undesirable
+    # response each, which need not have the same prompt.
+    save_model(model, tokenizer, args.out)
+    del optimizer
+    reference, _ = load_model(args.model, device=args.device)
+    good, bad = ([example["sequence"] for example in held_out if example["desirable"] == label]
+                 for label in (True, False))
+    test = list(zip(good, bad)) or [(good + bad)[:1] * 2]  # evaluate needs at least one pair
+    before, after, texts = evaluate(model, reference, tokenizer, test, prompts[:8], args)
+    if not good or not bad:
+        del after["rewards/accuracy"]
+    samples = [{"prompt": prompt, "before": old, "after": new}
+               for prompt, old, new in zip(prompts, *texts)]
+    report(args.out, {"before": before, "after": after}, samples, panels=[
+        ["loss"],
+        ["rewards/chosen", "rewards/rejected"],
+        ["logps/chosen", "logps/rejected"]])
+    return after
+
+
+def parse_args(argv=None):
+    """The flags that only KTO has, and those of dpo.py."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="The other flags are those of dpo.py, see python dpo.py --help. --loss, "
+        "--label_smoothing and --alpha have no effect; a batch holds --batch_size responses.")
+    flag = parser.add_argument
+    flag("--lambda_desirable", type=float, default=1.0, help="weight of desirable responses")
+    flag("--lambda_undesirable", type=float, default=1.0, help="weight of undesirable responses")
+    own, rest = parser.parse_known_args(argv)
+    args = parse_dpo_args(["--out", "runs/kto"] + rest)
+    return argparse.Namespace(**vars(args), **vars(own))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except KeyboardInterrupt:
+        stopped(args.out)
+
+
+if __name__ == "__main__":
+    main()

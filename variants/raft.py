@@ -1,0 +1,191 @@
+"""RAFT and best-of-n: rewards without policy gradients (Dong et al. 2023, arXiv:2304.06767v4).
+
+Best-of-n needs no training at all: draw n samples from the reference, keep the one with the highest
+reward. Its distance from the reference has a bound that no reward can exceed:
+
+    KL(pi_n || pi_ref) <= log n - (n - 1)/n                           Stiennon et al. 2020, App. G.3
+
+RAFT puts this into the policy. In each step it draws n samples of each prompt from the policy,
+keeps the best, and imitates it, as in supervised fine-tuning:
+
+    loss = - mean_t log pi(y_t | x, y_<t),   y = best of n samples of pi
+
+    python -m variants.raft                          # toy: reviews, rewarded for friendly words
+    python -m variants.raft --best_of_n --n 16       # no training: only show the best of 16
+    python -m variants.raft --data mine.jsonl --model gpt2 --reward_model runs/reward_model
+
+Departures from the paper: the learning rate falls to 0 over the run, and the optimizer's state is
+kept from step to step. There is no penalty: --beta is only what J is measured with.
+"""
+
+import json
+import math
+import random
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from model import (fail, fingerprint, load_model, load_state, open_folder, open_log, report,
+                   save_model, save_state, stopped)
+from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_parser, per_token,
+                      rollout, schedule, split_batch, token_logps, toy_grammatical, toy_reward,
+                      yardstick)
+
+# ---------------------------------------------------------------------------------- best of n
+
+
+def best_of_n_log_ratio(rewards, pool, n):
+    """log pi_n/pi_ref of the best of n samples of the reference, from its reward: (P, m).
+
+    rewards: (P, m) for m of the best of each of P prompts. pool: (P, M) rewards of samples of the
+    reference, those of `rewards` among them. The best has reward r with probability
+    F(r)^n - F_(r)^n, where F is the share of rewards <= r, and F_ is the share of rewards < r.
+    """
+    F = (pool[:, None] <= rewards[..., None]).double().mean(2)  # (P, m, M) -> (P, m)
+    F_ = (pool[:, None] < rewards[..., None]).double().mean(2)  # (P, m, M) -> (P, m)
+    return torch.log((F**n - F_**n) / (F - F_))
+
+
+def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
+    """Metrics of the reference and of the best of n of its samples, and samples of both."""
+    count = args.samples
+    P = len(prompts)
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    _, single, old_texts, before = rollout(reference, reward, tokenizer, asked, args.seed, args)
+    asked = [prompt for prompt in asked for _ in range(args.n)]
+    sequences, scores, texts, _ = rollout(
+        reference, reward, tokenizer, asked, args.seed + 1, args)
+    best = scores.view(-1, args.n).argmax(1)  # (P * count * n,) -> (P * count, n) -> (P * count,)
+    best = (torch.arange(len(best)) * args.n + best).tolist()  # their places among all samples
+    texts = [texts[i] for i in best]
+    responses = [sequences[i][1] for i in best]
+    chosen = scores[best].view(P, count)  # (P * count * n,) -> (P * count,) -> (P, count)
+
+    single = single.view(P, -1)  # (P, count)
+    scores = scores.view(P, -1)  # (P, count * n)
+    rewards = torch.cat([single, chosen], 1).double()  # (P, 2 * count)
+    pool = torch.cat([single, scores], 1).double()  # (P, count + count * n)
+    log_ratio = best_of_n_log_ratio(rewards, pool, args.n)  # (P, 2 * count)
+    after = {"scores/mean": float(chosen.mean()),
+             "samples/tokens": sum(map(len, responses)) / len(responses)}
+    if not args.data:
+        after["samples/true_reward"] = sum(map(toy_reward, texts)) / len(texts)
+        after["samples/grammatical"] = sum(map(toy_grammatical, texts)) / len(texts)
+    after["kl/policy_reference"] = float(log_ratio[:, count:].mean())
+    after["kl/bound"] = math.log(args.n) - (args.n - 1) / args.n
+    if args.beta:  # the yardstick reads only the difference of the two log-probs
+        after |= yardstick(rewards, log_ratio, torch.zeros_like(log_ratio), args.beta)
+    samples = [{"prompt": prompt, "before": old_text, "after": new_text}
+               for prompt, old_text, new_text in zip(prompts, old_texts[::count], texts[::count])]
+    return before, after, samples
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def train(args):
+    """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
+    open_folder(args)
+
+    # 1. The policy, the reference, the prompts, and the reward model if there is one.
+    policy, tokenizer = load_model(args.model, "lm", args.device, args.lora_rank)
+    reference, _ = load_model(args.reference or args.model, "lm", args.device)
+    prompts, held_out = load_prompts(tokenizer, args)
+    reward = load_reward(reference, tokenizer, prompts, args)
+    if args.best_of_n:
+        open_log(args.out, 0)
+        before, after, samples = evaluate_best_of_n(reference, reward, tokenizer, held_out,
+                                                    args)
+        report(args.out, {"before": before, "after": after}, samples, panels=[])
+        return after
+    peak_lr = args.lr or (2e-4 if policy.num_parameters() < 1e7 else 1e-5)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
+                                  weight_decay=0.0, fused=True)
+
+    run = fingerprint(args, prompts)
+    start = 0
+    if args.resume:
+        start = load_state(args.out, policy, optimizer, run)["step"]
+    log = open_log(args.out, start)
+
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
+    for step in progress:
+        # 2. The rollout: sample n responses to each of P prompts, score them, and keep the best.
+        rng = random.Random(f"{args.seed} {step}")
+        P = args.batch_size // args.n
+        asked = [prompt for prompt in rng.choices(prompts, k=P) for _ in range(args.n)]
+        sequences, scores, _, row = rollout(policy, reward, tokenizer, asked,
+                                            rng.getrandbits(62), args)
+        scores = scores.view(P, args.n)
+        best = [sequences[p * args.n + b] for p, b in enumerate(scores.argmax(1).tolist())]
+
+        # 3. How far the policy is from the reference, on all samples.
+        logps = per_token(token_logps, policy, sequences, args.max_tokens)  # (B, R)
+        reference_logps = per_token(token_logps, reference, sequences, args.max_tokens)
+        mask = pad_sequence([torch.ones(len(response)) for _, response in sequences],
+                            batch_first=True).bool().to(policy.device)  # (B, R)
+        k1, k3 = kl_estimates(logps, reference_logps, mask)
+
+        # 4. A few passes over the best responses, in minibatches, with the loss of SFT.
+        optimizer.param_groups[0]["lr"] = row["lr"] = peak_lr * schedule(step, args.steps)
+        losses, norms = [], []
+        passes = [rng.sample(best, P) for _ in range(args.ppo_epochs)]
+        for minibatch in [order[i::args.minibatches]
+                          for order in passes for i in range(min(args.minibatches, P))]:
+            tokens = sum(len(response) for _, response in minibatch)
+            for part in split_batch([[sequence] for sequence in minibatch], args.max_tokens):
+                loss = -token_logps(policy, [minibatch[g] for g in part]).sum() / tokens
+                loss.backward()
+                losses.append(loss.detach())
+
+            # A state is saved before the first update, with weights that gave a finite gradient.
+            norms.append(float(clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
+            if not math.isfinite(norms[-1]):
+                fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
+            if len(norms) == 1 and step % args.save_every == 0:
+                save_state(args.out, policy, optimizer, run=run, step=step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # 5. What to watch.
+        row |= {"step": step + 1,
+                "kl/policy_reference": float(k1), "kl/k3": float(k3),
+                "scores/std_per_prompt": float(scores.std(1, correction=0).mean()),
+                "policy/loss": float(sum(losses)) / len(norms),
+                "policy/entropy": -float(logps.sum() / mask.sum()),
+                "policy/grad_norm": sum(norms) / len(norms)}
+        log.write(json.dumps(row) + "\n")
+        progress.set_postfix(score=row["scores/mean"], kl=row["kl/policy_reference"])
+
+    # 6. Save, then compare with the reference.
+    save_model(policy, tokenizer, args.out)
+    before, after, samples = evaluate(policy, reference, reward, tokenizer, held_out, args.beta,
+                                      args)
+    report(args.out, {"before": before, "after": after}, samples, panels=[
+        ["scores/mean", "samples/true_reward"],
+        ["kl/policy_reference", "kl/k3"],
+        ["policy/loss", "policy/entropy"]])
+    return after
+
+
+def parse_args(argv=None):
+    """The command line; --help shows all defaults."""
+    parser = make_parser()
+    parser.set_defaults(out="runs/raft")
+    parser.add_argument("--best_of_n", action="store_true",
+                        help="no training: compare single samples with the best of --n samples")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except KeyboardInterrupt:
+        stopped(args.out)
+
+
+if __name__ == "__main__":
+    main()

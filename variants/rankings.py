@@ -1,0 +1,216 @@
+"""Losses on rankings of several responses: RRHF and PRO.
+
+RRHF: Yuan et al. 2023, arXiv:2304.05302v3. PRO: Song et al. 2023, arXiv:2306.17492.
+
+Both order the mean log-probs p of the responses to a prompt as the ranking does, and add SFT on the
+best response. RRHF has a hinge for each pair in which r_i < r_j. PRO lets each response k compete
+with all worse ones i, at temperatures T that are lower the more the two differ:
+
+    RRHF = sum max(0, p_i - p_j) - log pi(best)
+    PRO  = sum -log(e^(p_k/T_kk) / (e^(p_k/T_kk) + sum e^(p_i/T_ki))) - weight log pi(best)
+
+    python -m variants.rankings --loss rrhf          # toy: four summaries of each post, ranked
+    python -m variants.rankings --loss pro
+    python -m variants.rankings --data mine.jsonl    # lines of {"prompt", "responses", "ranks"}
+
+Departure from both papers: files hold ranks (1 is best, ties are allowed) instead of scores, so the
+score r of a response is the number of ranks below it.
+"""
+
+import json
+import math
+import random
+from statistics import fmean
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
+                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule, split_batch,
+                   toy_summaries)
+
+# ---------------------------------------------------------------------------------- the losses
+# logps, lengths: (B, K) summed log-probs of K responses, and their tokens. scores: (B, K), higher
+# is better. mask: (B, K), False where a prompt has fewer than K responses. Each returns (B,).
+
+
+def compare(logps, lengths, scores, mask):
+    """Mean log-probs (B, K); r_k - r_i where i is worse than k, else 0 (B, K, K); best sum (B,)."""
+    p = torch.where(mask, logps / lengths.clamp(min=1), 0.0)  # (B, K)
+    gaps = (scores[:, :, None] - scores[:, None, :]).clamp(min=0)  # (B, K, K)
+    gaps *= mask[:, :, None] * mask[:, None, :]
+    best = scores.masked_fill(~mask, -math.inf).argmax(1, keepdim=True)  # (B, 1)
+    return p, gaps, logps.gather(1, best).squeeze(1)  # the last one: (B, K) -> (B,)
+
+
+def rrhf_loss(logps, lengths, scores, mask, sft_weight=1.0):
+    """RRHF, Eqs. (2) to (4)."""
+    p, gaps, best = compare(logps, lengths, scores, mask)
+    hinges = (p[:, None, :] - p[:, :, None]).relu() * (gaps > 0)  # (B, K, K)
+    return hinges.sum((1, 2)) - sft_weight * best
+
+
+def pro_loss(logps, lengths, scores, mask, sft_weight=None):
+    """PRO, Eqs. (4) to (7): 1/T_ki = r_k - r_i, and 1/T_kk is the largest 1/T_ki.
+
+    sft_weight None: 0.05 (K - 1)^2, as in the original code.
+    """
+    p, gaps, best = compare(logps, lengths, scores, mask)
+    own = p * gaps.amax(2)  # (B, K): p_k/T_kk, and 0 for the worst
+    others = (p[:, None, :] * gaps).masked_fill(gaps == 0, -math.inf)  # (B, K, K): p_i/T_ki
+    terms = torch.cat([own[:, :, None], others], 2).logsumexp(2) - own  # (B, K)
+    if sft_weight is None:
+        sft_weight = 0.05 * (mask.sum(1) - 1) ** 2  # (B,)
+    return terms.sum(1) - sft_weight * best
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def read_rankings(path):
+    """Rows with "responses" and "ranks", best first. A pair is a ranking of two.
+
+    The best response is also its "chosen", and the worst its "rejected".
+    """
+    rows = []
+    for row in read_jsonl(path):
+        if "chosen" in row:
+            pair = [get_text(row, "chosen"), get_text(row, "rejected")]
+            row = dict(row, responses=pair, ranks=[1, 2])
+        try:
+            ranking = zip(map(float, row["ranks"]), row["responses"], strict=True)
+            ranks, texts = zip(*sorted(ranking))
+        except (KeyError, TypeError, ValueError):
+            fail(f'{row["where"]}: give a list of "responses", and as many "ranks", 1 for the best')
+        texts = [get_text(dict(row, responses=text), "responses") for text in texts]
+        if ranks[0] < ranks[-1]:  # a ranking in which all are tied would teach nothing
+            rows.append(dict(row, responses=texts, ranks=ranks, chosen=texts[0],
+                             rejected=texts[-1]))
+    return rows or fail(f"{path}: in each row all responses are tied")
+
+
+def encode_rankings(tokenizer, rows, args):
+    """For each row {"sequences": K times (prompt ids, response ids), "scores": K numbers}.
+
+    Only the order of the ranks counts: 1, 3, 3, 4 gives the scores 2, 1, 1, 0.
+    """
+    rankings = []
+    for row in rows:
+        sequences = [tokenizer.encode_example(row["prompt"], text, args.max_length)
+                     for text in row["responses"]]
+        ranks = row.get("ranks", range(len(sequences)))  # the toy's responses are in order
+        places = sorted(set(ranks), reverse=True)
+        rankings.append({"sequences": sequences,
+                         "scores": [float(places.index(rank)) for rank in ranks]})
+    return rankings
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def train(args):
+    """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
+    open_folder(args)
+
+    # 1. The policy.
+    model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
+    peak_lr = args.lr or (3e-4 if model.num_parameters() < 1e7 else 5e-7)
+
+    # 2. Rankings, from a file or from the toy's human. All rankings of some prompts are held out.
+    if args.data:
+        rows = read_rankings(args.data)
+    else:
+        rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed, k=4)
+    print("the best and the worst response of each ranking:")
+    rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
+    rankings = encode_rankings(tokenizer, rows, args)
+    tokenizer.show(*rows[0]["pair"][0])
+
+    # 3. Batches: each epoch visits all rankings in a new order.
+    steps = args.steps or args.epochs * math.ceil(len(rankings) / args.batch_size)
+    batches = []
+    while len(batches) < steps:
+        order = random.Random(f"{args.seed} {len(batches)}").sample(rankings, len(rankings))
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+    run, start = fingerprint(args, rankings), 0
+    if args.resume:
+        start = load_state(args.out, model, optimizer, run)["step"]
+    log = open_log(args.out, start)
+
+    progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
+    for step in progress:
+        # 4. The loss and its gradient, part by part.
+        batch, seen = batches[step], []
+        for part in split_batch([row["sequences"] for row in batch], args.max_tokens):
+            flat = [sequence for g in part for sequence in batch[g]["sequences"]]
+            scores = [torch.tensor(batch[g]["scores"], device=model.device) for g in part]
+            scores = pad_sequence(scores, batch_first=True, padding_value=-1)  # (b, K)
+            mask = scores >= 0  # (b, K)
+            logps, lengths = (torch.zeros(mask.shape, device=model.device).masked_scatter(mask, x)
+                              for x in response_logps(model, flat))  # (responses,) -> (b, K)
+            if args.loss == "rrhf":
+                loss = rrhf_loss(logps, lengths, scores, mask,
+                                 1.0 if args.lam is None else args.lam)
+            else:
+                loss = pro_loss(logps, lengths, scores, mask, args.lam)
+            (loss.sum() / len(batch)).backward()
+            means = logps / lengths  # (b, K), NaN behind the end of a ranking
+            worst = means.gather(1, mask.sum(1, keepdim=True) - 1)  # (b, K) -> (b, 1)
+            seen.append(torch.cat([loss[:, None], means[:, :1], worst], 1).detach())  # (b, 3)
+
+        # 5. The update. A state is saved before it, with weights that gave a finite loss.
+        norm = float(clip_grad_norm_(model.parameters(), 1.0))
+        loss, best, worst = torch.cat(seen).cpu().unbind(1)  # (b, 3) each -> (B,) each
+        if not math.isfinite(norm):
+            fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
+        if step % args.save_every == 0:
+            save_state(args.out, model, optimizer, run=run, step=step)
+        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 6. What to watch: mean log-probs of the best and the worst response of each ranking.
+        row = {
+            "step": step + 1,
+            "lr": lr,
+            "grad_norm": norm,
+            "loss": fmean(loss),
+            "rewards/chosen": fmean(best),
+            "rewards/rejected": fmean(worst),
+            "rewards/accuracy": fmean(best > worst)}  # ties count as wrong
+        log.write(json.dumps(row) + "\n")
+        progress.set_postfix(loss=row["loss"])
+
+    # 7. Save, then compare with the model at the start, which is loaded again.
+    save_model(model, tokenizer, args.out)
+    del optimizer
+    reference, _ = load_model(args.model, device=args.device)
+    columns, samples = evaluate(model, reference, tokenizer, test, args)
+    report(args.out, columns, samples[::32], panels=[
+        ["loss"],
+        ["rewards/chosen", "rewards/rejected"]])
+    return columns["after"]
+
+
+def parse_args(argv=None):
+    """The command line of simpo.py with other losses; --lam is the weight of the SFT term."""
+    parser = make_parser(["rrhf", "pro"])
+    parser.set_defaults(out="runs/rankings")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except KeyboardInterrupt:
+        stopped(args.out)
+
+
+if __name__ == "__main__":
+    main()
