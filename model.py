@@ -170,6 +170,8 @@ def check_model(model, tokenizer, name, missing):
         fail(f"{name}: this is a reward model, and a language model is needed")
     if missing and (missing != ["score.weight"] or saved_as_reward):
         fail(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more")
+    if not tokenizer.encode("a"):
+        fail(f"{name}: its tokenizer files are missing; put them into the folder")
     if tokenizer.eos_id is None:
         fail(f"{name}: its tokenizer has no EOS token, so no response could end; set eos_token in "
              "tokenizer_config.json")
@@ -290,6 +292,8 @@ def split_by_prompt(rows, count=16):
     All rows of `count` prompts are held out, of a tenth of the prompts at most. They are the same
     prompts for every seed.
     """
+    if not rows:
+        fail("no row is left to use; see --max_length and --max_new_tokens")
     prompts = sorted({json.dumps(row["prompt"]) for row in rows})
     random.Random(0).shuffle(prompts)
     held_out = prompts[:max(1, min(count, len(prompts) // 10))]
@@ -397,3 +401,4 @@ def report(folder, columns, samples, panels):
         axis.set_xlabel("step")
         axis.legend()
     figure.savefig(f"{folder}/curves.png", bbox_inches="tight")
+    pyplot.close(figure)

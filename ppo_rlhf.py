@@ -65,7 +65,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     values[:, t] belongs to the state before token t; the state behind the last token is worth 0.
     Returns (advantages, returns), where returns = advantages + values.
     """
-    rewards, values = no_padding(rewards, mask), no_padding(values, mask)
+    rewards = no_padding(rewards, mask)
+    values = no_padding(values, mask)
     advantages = torch.zeros_like(values)
     advantage = next_value = values.new_zeros(len(values))  # (B,)
     for t in reversed(range(values.shape[1])):
@@ -344,7 +345,7 @@ def load_reward(reference, tokenizer, prompts, args):
     drawn, scores, _, _ = rollout(reference, (model, own, 0, 1), tokenizer, asked, args.seed, args)
     whole = [response[-1] in tokenizer.stop_ids for _, response in drawn]
     sd, mean = torch.std_mean(scores[whole], correction=0)
-    if not sd > 0:  # NaN without a score
+    if not sd > 1e-6:  # NaN without a score
         fail(f"--reward_model {args.reward_model}: {sum(whole)} of 256 samples of the reference "
              "end within --max_new_tokens, and they do not differ in their scores")
     return model, own, float(mean), float(sd)
@@ -363,6 +364,8 @@ def rollout(policy, reward, tokenizer, prompts, seed, args):
         model, own, mean, sd = reward
         examples = [own.encode_example(prompt, text, own.context - 1)
                     for prompt, text in zip(prompts, texts)]
+        if None in examples:
+            fail(f"--reward_model {args.reward_model}: a prompt fills its context")
         # The score is read at the last token: it is the value of the state before one more token.
         examples = [(prompt + response, [0]) for prompt, response in examples]
         scores = per_token(token_values, model, examples, args.max_tokens).squeeze(1)  # (B, 1)
@@ -438,7 +441,9 @@ def train(args):
     # 1. The policy pi, the reference, and the value network: a copy of the policy with a new head.
     # Its values start at 0, so the first advantages are those of the rewards alone.
     policy, tokenizer = load_model(args.model, "lm", args.device, args.lora_rank)
-    reference, _ = load_model(args.reference or args.model, "lm", args.device)
+    reference, other = load_model(args.reference or args.model, "lm", args.device)
+    if other.transformers.get_vocab() != tokenizer.transformers.get_vocab():
+        fail(f"--reference {args.reference}: its tokenizer is not that of --model {args.model}")
     value, _ = load_model(args.model, "reward", args.device, args.lora_rank)
     nn.init.zeros_(value.score.weight)
     networks = nn.ModuleList([policy, value])
@@ -448,18 +453,21 @@ def train(args):
     reward = load_reward(reference, tokenizer, prompts, args)
     ptx = []
     if args.ptx_data:
-        ptx = [([tokenizer.eos_id], tokenizer.encode(get_text(row, "text")) + [tokenizer.eos_id])
-               for row in read_jsonl(args.ptx_data)]
+        for row in read_jsonl(args.ptx_data):
+            text = tokenizer.encode(get_text(row, "text")) + [tokenizer.eos_id]
+            ptx.append(([tokenizer.eos_id], text[:tokenizer.context - 1]))
 
     # 3. The optimizer, and the state of an interrupted run.
     peak_lr = args.lr or (2e-4 if policy.num_parameters() < 1e7 else 1e-5)
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
     run = fingerprint(args, [prompts, ptx])
-    start, beta = 0, args.beta
+    start = 0
+    beta = args.beta
     if args.resume:
         state = load_state(args.out, networks, optimizer, run)
-        start, beta = state["step"], state["beta"]
+        start = state["step"]
+        beta = state["beta"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
@@ -467,7 +475,7 @@ def train(args):
         # 4. The rollout: sample n responses to each prompt, and score them. All random numbers of a
         # step are a function of seed and step.
         rng = random.Random(f"{args.seed} {step}")
-        asked = rng.choices(prompts, k=args.batch_size // args.n)
+        asked = rng.choices(prompts, k=math.ceil(args.batch_size / args.n))
         asked = [prompt for prompt in asked for _ in range(args.n)]  # B
         sequences, scores, _, row = rollout(policy, reward, tokenizer, asked,
                                             rng.getrandbits(62), args)
@@ -527,8 +535,10 @@ def train(args):
 
         # 8. What to watch.
         k1, k3 = kl_estimates(old_logps, reference_logps, mask)
-        unexplained = (returns - old_values)[mask].var() / returns[mask].var()
-        row |= {"step": step + 1, "kl/policy_reference": float(k1), "kl/k3": float(k3),
+        unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
+        row |= {"step": step + 1,
+                "kl/policy_reference": float(k1),
+                "kl/k3": float(k3),
                 "kl/beta": beta,
                 "scores/std_per_prompt": float(
                     scores.view(-1, args.n).std(1, correction=0).mean()),  # (B,) -> (P, n)

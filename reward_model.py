@@ -14,10 +14,9 @@ Ziegler et al. 2019, arXiv:1909.08593v2, Eq. (1), the loss is -log softmax(r_1 .
     python reward_model.py --data mine.jsonl --model gpt2    # {"prompt", "chosen", "rejected"}
     python reward_model.py --loss best_of_k
 
-Departures from the papers: AdamW; the learning rate falls to 0 (InstructGPT: to 10 %). Tied pairs
-are left out as in the paper, but the divisor stays C(K, 2): a ranking with ties counts less. Scores
-are left as log-odds, and ppo_rlhf.py normalises them. (Ziegler et al. print Eq. (1) without its
-minus.)
+Departures from the papers: the learning rate falls to 0 (InstructGPT: to 10 %). Tied pairs are left
+out as in the paper, but the divisor stays C(K, 2), so a ranking with ties counts less. Scores stay
+log-odds; ppo_rlhf.py normalises them. (Ziegler et al. print their loss without its minus.)
 """
 
 import argparse

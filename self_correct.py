@@ -31,6 +31,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -69,11 +70,11 @@ def find_pairs(values):
 def similarity(a, b):
     """1 - edit distance / length of the longer, for two texts as sequences of words: 0 to 1."""
     a, b = a.split(), b.split()
-    row = list(range(len(b) + 1))  # distance of the first i words of a to the first j of b, all j
-    for i, word in enumerate(a, 1):
-        above, row = row, [i]
-        for j, other in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (word != other)))
+    row = list(range(len(b) + 1))  # distances of no word of a to the first j words of b, for all j
+    for word in a:
+        above, row = row, [row[0] + 1]
+        for j, other in enumerate(b):
+            row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (word != other)))
     return 1 - row[-1] / max(len(a), len(b), 1)
 
 
@@ -238,10 +239,8 @@ def toy_problems(count):
 
     Only the generator is told the topics, so the corrector has to read them in the draft.
     """
-    plays = list(itertools.permutations(TOPICS, 3))
-    random.Random(0).shuffle(plays)
-    problems = [{"prompt": f"Tonight: {', '.join(play)}.", "topics": play}
-                for play in plays[:2 * count]]
+    plays = random.Random(0).sample(list(itertools.permutations(TOPICS, 3)), 2 * count)
+    problems = [{"prompt": f"Tonight: {', '.join(play)}.", "topics": play} for play in plays]
     return problems[:count], problems[count:]
 
 
@@ -259,18 +258,20 @@ def toy_verdicts(topics, text):
 
 
 def toy_warm_up(model, tokenizer, problems, args):
-    """A little SFT: teaches tiny to write a draft about given topics, and to copy a draft."""
+    """A little SFT: half of each batch is drafting from the topics, half is copying a draft."""
     print(f"warm-up: {args.warm_up} steps of SFT on drafting and on copying")
     rng = random.Random(f"{args.seed} warm-up")
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in tqdm(range(args.warm_up), "warm-up", disable=None):
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
+    for step in tqdm(range(args.warm_up), "warm-up", disable=None):
         sequences = []
-        for problem in rng.choices(problems, k=16):
+        for n, problem in enumerate(rng.choices(problems, k=32)):
             draft = appraise(problem, toy_draft(rng, problem["topics"]), True, args)
-            for prompt in (prompt_of(problem), prompt_of(problem, draft)):
-                sequences.append(tokenizer.encode_example(prompt, draft.text, 512))
-        logps, _ = response_logps(model, sequences)
-        (-logps.mean()).backward()
+            prompt = prompt_of(problem, draft if n % 2 else None)
+            sequences.append(tokenizer.encode_example(prompt, draft.text, 512))
+        logps, lengths = response_logps(model, sequences)
+        (-logps.sum() / lengths.sum()).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 4e-3 * schedule(step, args.warm_up)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -280,13 +281,13 @@ def toy_warm_up(model, tokenizer, problems, args):
 
 def appraise(problem, text, ended, args):
     """The Answer made of a text: its value is the share of what it gets right, if it has an end."""
-    if "answer" in problem:
-        verdicts = [text.strip() == problem["answer"].strip()]
+    if "topics" in problem:
+        verdicts = [ended and kind for kind in toy_verdicts(problem["topics"], text)]
+        feedback = f"Spoken: {', '.join('well' if kind else 'not' for kind in verdicts)}."
     else:
-        verdicts = toy_verdicts(problem["topics"], text)
-    words = ["yes" if right and ended else "no" for right in verdicts]
-    feedback = f"Right: {', '.join(words)}." if args.feedback == "text" else ""
-    return Answer(text, words.count("yes") / len(words), feedback)
+        verdicts = [ended and text.strip() == problem["answer"].strip()]
+        feedback = f"That is {'right' if verdicts[0] else 'wrong'}."
+    return Answer(text, sum(verdicts) / len(verdicts), feedback * (args.feedback == "text"))
 
 
 def prompt_of(problem, draft=None):
@@ -309,8 +310,7 @@ def read_problems(tokenizer, args, room):
     rows = [{key: get_text(row, key) for key in ("prompt", "answer")}
             for row in read_jsonl(args.data)]
     usable = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"])) <= room]
-    print(f"{len(usable)} problems; left out: {len(rows) - len(usable)} without room for a draft "
-          "and a correction of --max_new_tokens")
+    print(f"{len(usable)} problems; left out: {len(rows) - len(usable)} too long for the model")
     return split_by_prompt(usable)[:2]
 
 
@@ -339,16 +339,16 @@ def evaluate(model, tokenizer, problems, args):
     columns, samples = {}, [{"prompt": problem["prompt"]} for problem in problems]
     answers = kept = [problem["pool"][0] for problem in problems]  # drafts
     for t in range(1 + args.corrections):
-        name, before = str(t) if t else "draft", answers
-        if t > 0:
+        name, before = str(t or "draft"), answers
+        if t:
             answers = respond(model, tokenizer, list(zip(problems, before)), args.seed + t, args)
             kept = [old if old.value >= args.stop_at else new for old, new in zip(kept, answers)]
-        were_perfect = [new.value for old, new in zip(before, answers) if old.value == 1]
+        damaged = [new.value < 1 for old, new in zip(before, answers) if old.value == 1]
         columns[name] = {
             "value": fmean(answer.value for answer in answers),
             "perfect": fmean(answer.value == 1 for answer in answers),
             "stop_rule/perfect": fmean(answer.value == 1 for answer in kept),
-            "damaged": fmean(value < 1 for value in were_perfect or [1])}
+            "damaged": fmean(damaged or [0])}
         for row, answer in zip(samples, answers):
             row[name] = answer.text
     return columns, samples
@@ -377,8 +377,7 @@ def train(args):
     context = min(context_length(model), context_length(generator))
     # A draft that is no valid text can have three times as many tokens when it is encoded again; 32
     # are for the words around it.
-    room = context - 4 * args.max_new_tokens - 32
-    problems, held_out = read_problems(tokenizer, args, room)
+    problems, held_out = read_problems(tokenizer, args, context - 4 * args.max_new_tokens - 32)
     run = fingerprint(args, problems)
     if not args.data:
         toy_warm_up(model, tokenizer, problems, args)
@@ -415,16 +414,15 @@ def train(args):
             lessons = [(problem, *weigh(problem["pool"], args.alpha, args.beta))
                        for problem in problems if len({y.value for y in problem["pool"]}) > 1]
             if not lessons:
-                fail("no answer in the pool is better than another to the same problem, so there "
-                     "is nothing to learn; take a better --generator or a larger --pool")
+                fail("no answer is better than another; use a larger --pool, or a --generator")
 
         # 6. A batch: draw problems, and for each a pair (draft, better).
         rng, batch = random.Random(f"{args.seed} {step}"), []
         for problem, pairs, probabilities in rng.choices(lessons, k=args.batch_size):
             draft, better = rng.choices(pairs, probabilities)[0]
-            prompt = prompt_of(problem, draft)
-            batch.append(tokenizer.encode_example(prompt, better.text, context))
-        if step == 0:
+            batch.append(tokenizer.encode_example(
+                prompt_of(problem, draft), better.text, context))
+        if step == start:
             tokenizer.show(*batch[0])
 
         # 7. The loss, a mean over the tokens of the batch, and its gradient, part by part.
@@ -436,27 +434,27 @@ def train(args):
             loss += part_loss.detach()
 
         # 8. The update. A state is saved before it, with weights that gave a finite loss.
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        norm = float(clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step > start and step % args.save_every == 0:
-            pool = [[tuple(answer) for answer in problem["pool"]] for problem in problems]
-            save_state(args.out, model, optimizer, run=run, step=step, pool=pool)
+            save_state(args.out, model, optimizer, run=run, step=step, pool=[
+                [tuple(answer) for answer in problem["pool"]] for problem in problems])
         optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         # 9. What to watch.
-        value = fmean(answer.value for problem in problems for answer in problem["pool"])
         row = {"step": step + 1, "lr": lr, "loss": float(loss), "grad_norm": norm}
-        log.write(json.dumps(row | {"pool/value": value}) + "\n")
-        progress.set_postfix(loss=f"{row['loss']:.3f}", value=f"{value:.2f}")
+        row["pool/value"] = fmean(y.value for problem in problems for y in problem["pool"])
+        log.write(json.dumps(row) + "\n")
+        progress.set_postfix(loss=row["loss"])
 
     # 10. Save, then correct the drafts for the problems that were held out.
     save_model(model, tokenizer, args.out)
     columns, samples = evaluate(model, tokenizer, held_out, args)
-    report(args.out, columns, samples[:12], [["loss"], ["pool/value"]])
-    return columns[str(args.corrections)]
+    report(args.out, columns, samples, [["loss"], ["pool/value"]])
+    return list(columns.values())[-1]
 
 
 def parse_args(argv=None):
@@ -468,8 +466,7 @@ def parse_args(argv=None):
     flag("--out", default="runs/self_correct", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--generator", help="the model that drafts; None: --model as it is before training")
-    flag("--feedback", default="text", choices=["text", "none"], help="tell the corrector what is "
-         "wrong with a draft, or not")
+    flag("--feedback", default="text", choices=["text", "none"], help="what the corrector is told")
     flag("--alpha", type=float, default=10.0, help="higher learns from the largest improvements")
     flag("--beta", type=float, default=1.0, help="higher learns from the smallest edits")
     flag("--pool", type=int, default=8, help="answers of the generator to each problem")

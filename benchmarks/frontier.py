@@ -8,17 +8,17 @@ has at the same KL, for the beta that leads there. All these pi* together are th
 
 words   "... The plot was" and three words out of 18, so 5,832 responses to each prompt. Every one
         of them is scored, for 8 held-out prompts: frontier, reward, KL and gaps are exact. The
-        reference is tiny/ after 128 steps of SFT on such answers.
+        reference is tiny/ after SFT on 4,608 such answers, once.
 reviews The sentiment task of dpo.py and ppo_rlhf.py as it stands. Its frontier is estimated from
         samples of the reference and of PPO's policies, each weighed by pi_ref over the pool's
         density; drawn where that rests on at least 50 effective samples for each prompt, and no
         further than PPO's smallest beta: no effective sample size tells of what was never sampled.
 
 The reward of both is a sum over words, positive minus negative ones. The offline methods (dpo, ipo,
-kto, simpo, sft on the chosen) learn from one and the same file of 4096 pairs, which samples of the
+kto, simpo, sft on the chosen) learn from one and the same file of 4352 pairs, which samples of the
 reference and a Bradley-Terry human make; ppo, raft and best-of-n draw samples and know the reward.
-All other settings are the scripts' defaults. A method's penalty is its --beta, ipo's --tau; simpo,
-raft and sft have no price of KL, only the moment when you stop.
+All other settings are the scripts' defaults. A method's penalty is its --beta; simpo, raft and sft
+have no price of KL, only the moment when you stop. No script trains on the 8 prompts.
 
 For each method and penalty: reward, KL, and
     wasted    the KL beyond the least that any policy needs for the same reward: nats to the left
@@ -40,10 +40,10 @@ import io
 import json
 import math
 import random
+import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -56,15 +56,16 @@ import dpo  # noqa: E402
 import ppo_rlhf  # noqa: E402
 import sft  # noqa: E402
 import simpo  # noqa: E402
-from model import load_model  # noqa: E402
+from model import load_model, split_by_prompt  # noqa: E402
+from variants import kto, raft  # noqa: E402
 
 METHODS = {  # name: (script, flags, the flag that varies, its values)
     "ppo": (ppo_rlhf, "", "--beta", (2, 1, 0.5, 0.25)),
     "dpo": (dpo, "", "--beta", (2, 1, 0.5, 0.25)),
-    "ipo": (dpo, "--loss ipo", "--tau", (0.4, 0.2, 0.1, 0.05)),
-    "kto": (dpo, "--loss kto", "--beta", (2, 1, 0.5, 0.25)),
+    "ipo": (dpo, "--loss ipo", "--beta", (0.4, 0.2, 0.1, 0.05)),
+    "kto": (kto, "", "--beta", (2, 1, 0.5, 0.25)),
     "simpo": (simpo, "", "--steps", (10, 20, 40, 80)),
-    "raft": (ppo_rlhf, "--algo raft", "--steps", (5, 10, 20, 40)),
+    "raft": (raft, "", "--steps", (5, 10, 20, 40)),
     "sft on chosen": (sft, "", "--epochs", (1, 3)),
 }
 N = (2, 4, 8, 16)  # of best-of-n
@@ -78,24 +79,28 @@ REVIEW_PROMPTS = dpo.toy_prompts
 # ------------------------------------------------------------------------------ the words task
 
 
-def word_prompts(held_out):
+def word_prompts():
     """A prompt of the toy and the beginning of an answer."""
-    return [f"{prompt} The {dpo.ASPECTS[i % 8]} was"
-            for i, prompt in enumerate(REVIEW_PROMPTS(held_out))]
+    return [f"{prompt} The {dpo.ASPECTS[i % 8]} was" for i, prompt in enumerate(REVIEW_PROMPTS())]
+
+
+def held_out(prompts):
+    """8 of the prompts that every script holds out, of whichever rows with these prompts."""
+    return split_by_prompt([{"prompt": prompt} for prompt in prompts])[2][:8]
 
 
 def demonstrations(count):
     """What the reference learns: words of like mood together; some aspects are liked better."""
     rng = random.Random("words")
-    rows = []
+    prompts, rows = word_prompts(), []
     for _ in range(count):
-        i = rng.randrange(260)
+        i = rng.randrange(300)
         odds = (1 + i % 8 % 4, 2, 4 - i % 8 % 4)  # of the moods, by aspect
         mood, words = rng.choices(range(3), odds)[0], []
         for _ in range(3):
             mood = rng.choices((mood, *range(3)), (2, *odds))[0]
             words.append(rng.choices(WORDS[6 * mood:6 * mood + 6], (6, 5, 4, 3, 2, 1))[0])
-        rows.append({"prompt": word_prompts(False)[i], "completion": f" {', '.join(words)}."})
+        rows.append({"prompt": prompts[i], "completion": f" {', '.join(words)}."})
     return rows
 
 
@@ -119,7 +124,7 @@ def enumerate_logps(model, tokenizer, prompt):
 
 def enumerate_all(model, tokenizer):
     """(log-probs on the set (8, 5832), each prompt's summing to 1, and the mass of the set (8,))"""
-    logps = torch.stack([enumerate_logps(model, tokenizer, p) for p in word_prompts(True)[:8]])
+    logps = torch.stack([enumerate_logps(model, tokenizer, p) for p in held_out(word_prompts())])
     mass = logps.logsumexp(1)  # (8,)
     return logps - mass[:, None], mass.exp()
 
@@ -184,56 +189,63 @@ def aim_of(method, penalty, reference, rewards):
 # -------------------------------------------------------------------------------------- training
 
 
-def quietly(function, flags):
+def quietly(script, flags):
     """Run a script without its output; where it ends with a message, end with that message."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            function(flags)
+            script.train(script.parse_args(flags))
     except SystemExit:
         raise RuntimeError(f"{' '.join(flags)}: {said.getvalue().splitlines()[-1]}") from None
+
+
+def set_prompts(task):
+    """Let the toy of dpo.py, ppo_rlhf.py and raft.py have the prompts of a task."""
+    dpo.toy_prompts = ppo_rlhf.toy_prompts = word_prompts if task == "words" else REVIEW_PROMPTS
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def prepare(out, seeds):
     """The reference of the words task, and each seed's preferences, as files for the scripts."""
     start = out / "words" / "start"
-    if not (start / "model.safetensors").exists():
-        start.mkdir(parents=True, exist_ok=True)
-        data = start / "demonstrations.jsonl"
-        data.write_text("\n".join(map(json.dumps, demonstrations(4096 + 512))) + "\n")
-        quietly(sft.main, ["--data", str(data), "--out", str(start), "--device", "cpu"])
+    if not (start / "curves.png").exists():
+        write_rows(start / "demonstrations.jsonl", demonstrations(4608))
+        quietly(sft, ["--data", f"{start}/demonstrations.jsonl", "--out", str(start),
+                      "--device", "cpu"])
     for task in TASKS:
         for seed in seeds:
-            pairs, chosen = (out / task / f"{name}_{seed}.jsonl" for name in ("pairs", "chosen"))
-            if chosen.exists():
-                continue
-            pairs.parent.mkdir(parents=True, exist_ok=True)
-            dpo.toy_prompts = word_prompts if task == "words" else REVIEW_PROMPTS
-            rows = dpo.toy_pairs(*load_model(start if task == "words" else "tiny"), 4096, seed)
-            # One review in thousands is empty, which the toy takes and a data file may not have.
-            rows = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
-            pairs.write_text("\n".join(map(json.dumps, rows)) + "\n")
-            best = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-            chosen.write_text("\n".join(map(json.dumps, best)) + "\n")
+            chosen = out / task / f"chosen_{seed}.jsonl"
+            if not chosen.exists():
+                set_prompts(task)
+                model = load_model(start if task == "words" else "tiny")
+                rows = dpo.toy_pairs(*model, 4352, seed)
+                write_rows(out / task / f"pairs_{seed}.jsonl", rows)
+                write_rows(chosen, [{"prompt": row["prompt"], "completion": row["chosen"]}
+                                    for row in rows])
 
 
 def train(out, task, method, penalty, seed):
-    """One run of a script, unless its model is there already; returns the folder."""
+    """One run of a script, unless it has ended already; returns the folder."""
     script, flags, flag, _ = METHODS[method]
     run = out / task / f"{method} {penalty}".replace(" ", "_") / str(seed)
-    if (run / "curves.png").exists() and (run / "model.safetensors").exists():
+    if (run / "curves.png").exists():
         return run
     flags = [*flags.split(), flag, str(penalty), "--seed", str(seed), "--out", str(run),
              "--model", str(out / "words" / "start") if task == "words" else "tiny",
              "--device", "cpu"]
-    if script is ppo_rlhf:
-        script.toy_prompts = word_prompts if task == "words" else REVIEW_PROMPTS
-        flags += ["--samples", "2"]  # its evaluation is not needed here
+    if script in (dpo, kto, ppo_rlhf, raft):
+        flags += ["--samples", "2"]  # their evaluation is not needed here
+    if script in (ppo_rlhf, raft):
+        set_prompts(task)
     else:
         name = "chosen" if script is sft else "pairs"
-        flags += ["--data", str(out / task / f"{name}_{seed}.jsonl"), "--held_out", "2"]
+        flags += ["--data", str(out / task / f"{name}_{seed}.jsonl")]
     began = time.perf_counter()
-    quietly(script.main, flags)
+    quietly(script, flags)
     (run / "seconds").write_text(f"{time.perf_counter() - began:.1f}")
     return run
 
@@ -244,11 +256,11 @@ def train(out, task, method, penalty, seed):
 def draw_samples(model, tokenizer, prompts, n, seed):
     """n samples for each prompt: P * n pairs (prompt ids, response ids)."""
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
-    return list(zip(asked, dpo.sample(model, tokenizer, asked, 64, seed)[0], strict=True))
+    return list(zip(asked, dpo.sample(model, tokenizer, asked, 64, seed)))
 
 
 def logps_of(model, examples):
-    return dpo.score(model, examples, torch.autocast("cpu", enabled=False)).double()
+    return dpo.score(model, [[example] for example in examples], 4096).flatten().double()
 
 
 def pooled(models, tokenizer, prompts, counts, reward):
@@ -274,10 +286,11 @@ def effective_samples(weights, values):
     return float((2 * x.logsumexp(1) - (2 * x).logsumexp(1)).exp().min())
 
 
-def explore(out, task, method, penalty, seed):
+def explore(job):
     """Train, and look at the policy: all log-probs of the words task, or samples of reviews."""
+    task = job[1]
     torch.set_num_threads(1)  # jobs are side by side; and the result is that of one thread
-    run = train(out, task, method, penalty, seed)
+    run = train(*job)
     if (run / "seen.pt").exists():
         return
     policy, tokenizer = load_model(run)
@@ -285,7 +298,7 @@ def explore(out, task, method, penalty, seed):
         logps, mass = enumerate_all(policy, tokenizer)
         seen = {"logps": logps, "mass": float(mass.mean())}
     else:
-        drawn = draw_samples(policy, tokenizer, REVIEW_PROMPTS(True)[:8], 256, seed)
+        drawn = draw_samples(policy, tokenizer, held_out(REVIEW_PROMPTS()), 256, job[4])
         reference, _ = load_model("tiny")
         texts = [tokenizer.decode(ids) for _, ids in drawn]
         seen = {"kl": float((logps_of(policy, drawn) - logps_of(reference, drawn)).mean()),
@@ -304,7 +317,7 @@ def word_reward(text):
 def check(out, seed):
     """The three checks, printed; all on the words task, where the truth is known."""
     reference, tokenizer = load_model(out / "words" / "start")
-    prompts = word_prompts(True)[:8]
+    prompts = held_out(word_prompts())
     exact = torch.stack([enumerate_logps(reference, tokenizer, p) for p in prompts])  # (8, 5832)
     texts = [f" {a}, {b}, {c}." for a in WORDS for b in WORDS for c in WORDS]
     few = random.Random(0).sample(range(5832), 200)
@@ -325,9 +338,8 @@ def check(out, seed):
         r = torch.tensor([word_reward(tokenizer.decode(ids)) for _, ids in flat]).double()
         new, old, r = (x.view(2, 8, 128).transpose(0, 1).reshape(8, 256) for x in (
             logps_of(policies[i], flat), logps_of(reference, flat), r))
-        numbers, _ = dpo.yardstick(r, new, old, beta)
-        sampled = "not quoted" if "J/optimum" not in numbers else (
-            f"{numbers['J/optimum']:.3f} ± {numbers['J/optimum_error']:.3f}")
+        numbers = dpo.yardstick(r, new, old, beta)
+        sampled = f"{numbers['J/optimum']:.3f}" if "J/optimum" in numbers else "not quoted"
         wide = beta * (weights + rewards / beta).logsumexp(1).mean()
         lines.append(f"| {beta} | {truth:.3f} | {sampled} | {numbers['J/effective_samples']:.0f} | "
                      f"{wide:.3f} | {effective_samples(weights, rewards / beta):.0f} |")
@@ -360,7 +372,7 @@ def measure_words(out, runs):
 def measure_reviews(out, runs):
     """Sampled rows of the table, and the frontier where it can be had, of the reviews task."""
     model, tokenizer = load_model("tiny")
-    prompts = REVIEW_PROMPTS(True)[:8]
+    prompts = held_out(REVIEW_PROMPTS())
     policies = [load_model(run)[0] for method, _, seed, run in runs
                 if method == "ppo" and seed == runs[0][2]]
     counts = [1024] + [512] * len(policies)
@@ -453,14 +465,14 @@ def main():
     out = Path(args.out)
     torch.set_num_threads(1)
     prepare(out, args.seeds)
-    todo = [(task, method, penalty, seed) for task in TASKS for seed in args.seeds
+    todo = [(out, task, method, penalty, seed) for task in TASKS for seed in args.seeds
             for method, (_, _, _, penalties) in METHODS.items() for penalty in penalties]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(explore, out, *job): job for job in todo}
-        for done in tqdm(as_completed(jobs), total=len(jobs), desc="training", disable=None):
-            done.result()
-    runs = {task: [(*job[1:], train(out, *job)) for job in todo if job[0] == task]
-            for task in TASKS}
+    # Ctrl-C is for the parent alone, which ends the others.
+    with get_context("spawn").Pool(args.jobs, signal.signal,
+                                   (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for _ in tqdm(pool.imap_unordered(explore, todo), "training", len(todo), disable=None):
+            pass
+    runs = {task: [(*job[2:], train(*job)) for job in todo if job[1] == task] for task in TASKS}
     results = {"words": measure_words(out, runs["words"]),
                "reviews": measure_reviews(out, runs["reviews"])}
     lines = [*check(out, args.seeds[0]), "", *table(results["words"][0], "mass"), "",

@@ -7,11 +7,12 @@ Every case takes hidden states (N, D), an output embedding (V, D) and targets (N
 per target, puts the same DPO loss on them (N / 256 responses, the first half chosen), and computes
 the gradients of both inputs. Before any timing, all must agree.
 
+- ours: `gather_logps`, which walks over the vocabulary, 4096 columns at a time.
 - naive: `log_softmax().gather()`, the baseline; it holds the N x V logits several times over.
-- four products: matrix products alone, in the same chunks as ours, into one buffer: the floor of
-  whatever computes its logits again in the backward pass (naive needs only three products).
-- liger log-prob: the per-token log-probs behind Liger's GRPO loss, in chunks of the vocabulary like
-  ours, the nearest relative: "Liger's chunked version" in the targets.
+- over tokens: as short as ours, but it walks over the tokens, 256 at a time.
+- four products: matrix products alone, in the same chunks as ours: the floor of whatever computes
+  its logits again in the backward pass (naive needs only three products).
+- liger log-prob: the per-token log-probs behind Liger's GRPO loss, in chunks of the vocabulary.
 - liger dpo: `LigerFusedLinearDPOLoss`, a pair at a time, gradients made in its forward pass. Not
   compiled, as that needs a C++ compiler; no reference model.
 - trl full: `selective_log_softmax` on whole logits. trl chunked: what TRL's trainers run, asked for
@@ -34,35 +35,57 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dpo import GatherLogps, dpo_loss, gather_logps  # noqa: E402
+from dpo import dpo_loss, gather_logps  # noqa: E402
 
 RESPONSE, BETA = 256, 0.1
-TARGETS = [("time", "naive", 1.15), ("time", "four products", 1.15),
-           ("peak", "naive", 0.20), ("peak", "liger log-prob", 0.75)]
+OWN = 4  # the first four cases need no other library
+TARGETS = [("time", "naive", 1.15), ("peak", "naive", 0.25)]
 
 
 def naive(hidden, weight, targets):
     return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
+class OverTokens(torch.autograd.Function):
+    """The other walk: logits of 256 tokens and the whole vocabulary at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        ctx.save_for_backward(hidden, weight, targets)
+        logps = []
+        for h, t in zip(hidden.split(256), targets.split(256)):
+            logits = h @ weight.T  # (256, V)
+            logps.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        chunks = (x.split(256) for x in (hidden, targets, grad, grad_hidden))
+        for h, t, g, out in zip(*chunks):
+            d = -(h @ weight.T).softmax(1)  # (256, V)
+            d.scatter_add_(1, t[:, None], d.new_ones(len(t), 1)).mul_(g[:, None])
+            torch.mm(d, weight, out=out)
+            grad_weight.addmm_(d.T, h)
+        return grad_hidden, grad_weight, None
+
+
 @torch.no_grad()
 def four_products(hidden, weight, targets):
-    columns = GatherLogps.COLUMNS
-    logits = hidden.new_empty(len(hidden) * columns)  # one buffer for the logits of every chunk
-    chunks = [(w, logits[:len(hidden) * len(w)].view(len(hidden), -1))
-              for w in weight.split(columns)]
-    for w, out in chunks:
-        torch.mm(hidden, w.T, out=out)
-    grad_h, grad_w = torch.zeros_like(hidden), torch.empty_like(weight)
-    for (w, out), grad in zip(chunks, grad_w.split(columns), strict=True):
-        torch.mm(hidden, w.T, out=out)
-        grad_h.addmm_(out, w)
-        torch.mm(out.T, hidden, out=grad)
+    for w in weight.split(4096):
+        hidden @ w.T
+    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+    for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):
+        logits = hidden @ w.T
+        grad_hidden.addmm_(logits, w)
+        grad_w.addmm_(logits.T, hidden)
 
 
 def cases():
     """{name: function of hidden, weight, targets}; a line for each peer that is not there."""
-    found = {"ours": gather_logps, "naive": naive, "four products": four_products}
+    found = {"ours": gather_logps, "naive": naive, "over tokens": OverTokens.apply,
+             "four products": four_products}
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
         from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction as L
@@ -151,7 +174,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda")
     parser.add_argument("--peers", nargs="*",
-                        help="rows beside the first three; none named: none (without it: all)")
+                        help="rows beside the first four; none named: none (None: all)")
     parser.add_argument("--memory", help="only print the peak of this case, in MiB")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -164,7 +187,7 @@ def main():
           f"{torch.get_num_threads()} threads")
     if args.peers is not None:
         found = {name: case for i, (name, case) in enumerate(found.items())
-                 if i < 3 or name in args.peers}
+                 if i < OWN or name in args.peers}
     inputs = make_inputs(args.N, args.D, args.V, args.device)
     check(found, inputs)  # also warms up
     seconds = {name: [] for name in found}
@@ -176,8 +199,8 @@ def main():
     flags = [f"--{key}={value}" for key, value in vars(args).items()
              if key not in ("peers", "memory")]
     peaks = {name: float(subprocess.check_output(
-        [sys.executable, __file__, *flags, "--memory", name], text=True).split()[-1])
-        for name in found}
+        [sys.executable, __file__, *flags, "--memory", name], text=True,
+        start_new_session=True).split()[-1]) for name in found}
     if peaks["ours"] != peaks["ours"]:
         print("memory was not measured: that needs Linux, or CUDA")
 
@@ -200,4 +223,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; nothing is kept") from None

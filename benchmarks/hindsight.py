@@ -1,6 +1,6 @@
 """HIR beside filtered behaviour cloning and Chain of Hindsight, at one budget, five seeds.
 
-    python benchmarks/hindsight.py                 # about 20 minutes on two cores; can be resumed
+    python benchmarks/hindsight.py                 # about half an hour on two cores; can be resumed
 
 The toy of hir.py. All methods start from one warmed-up model, draw 256 samples in each of 8
 episodes and make 40 updates of 32 examples after each. What differs is what they can learn from,
@@ -25,14 +25,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import hir  # noqa: E402
+from variants import chain_of_hindsight as coh  # noqa: E402
 
 METHODS = {
-    "hir": "", "hir, no contrast": "--alpha 0", "farl": "--algo farl",
-    "farl, no smoothing": "--algo farl --label_smoothing 0",
-    "farl, lr 1e-3": "--algo farl --lr 1e-3", "coh": "--algo coh",
-    "hir, 2 requirements": "--requirements 2", "farl, 2 requirements": "--algo farl "
-    "--requirements 2", "hir, 1 requirement": "--requirements 1",
-    "farl, 1 requirement": "--algo farl --requirements 1",
+    "hir": (hir, ""), "hir, no contrast": (hir, "--alpha 0"), "farl": (hir, "--algo farl"),
+    "farl, no smoothing": (hir, "--algo farl --label_smoothing 0"),
+    "farl, lr 1e-3": (hir, "--algo farl --lr 1e-3"), "coh": (coh, ""),
+    "hir, 2 requirements": (hir, "--requirements 2"),
+    "farl, 2 requirements": (hir, "--algo farl --requirements 2"),
+    "hir, 1 requirement": (hir, "--requirements 1"),
+    "farl, 1 requirement": (hir, "--algo farl --requirements 1"),
 }
 COLUMNS = ("before", "after", "held_out", "length", "mood", "topic", "reviews", "used")
 PANELS = {"three requirements": ("hir", "hir, no contrast", "farl", "farl, lr 1e-3", "coh"),
@@ -49,17 +51,18 @@ def main():
     table, curves = {}, {}
     for seed, name in tqdm([(s, name) for s in args.seeds for name in METHODS]):
         run = Path(args.out) / str(seed) / name.replace(" ", "_").replace(",", "")
-        if not (run / "curves.png").exists():  # the report comes before it, the model after it
+        if not (run / "curves.png").exists():  # it is made last
+            script, flags = METHODS[name]
             with contextlib.redirect_stdout(io.StringIO()):
-                hir.main([*METHODS[name].split(), "--out", str(run), "--seed", str(seed),
-                          "--device", "cpu"])
+                script.train(script.parse_args([*flags.split(), "--out", str(run), "--seed",
+                                                str(seed), "--device", "cpu"]))
         sides = json.loads((run / "results.json").read_text())
+        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         after = sides["after"]
         row = {"before": sides["before"]["followed/all"], "after": after["followed/all"],
-               "reviews": after["samples/reviews"], "used": after["online/used"]}
+               "reviews": after["samples/reviews"], "used": log[-1]["online/used"]}
         row |= {key: after.get(f"followed/{key}") for key in COLUMNS if key not in row}
         table.setdefault(name, []).append(row)
-        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         episodes = [line["online/followed"] for line in log[::40]]
         curves.setdefault(name, []).append([*episodes, after["followed/all"]])
 
@@ -97,4 +100,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the runs that ended are kept: run it again to go on") from None

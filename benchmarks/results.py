@@ -1,24 +1,25 @@
-"""Measure what the README says: run its commands, write its tables, numbers and figures into it.
+"""Measure what README.md and docs/ say: run the commands, and write their tables and figures.
 
     python benchmarks/results.py --list            # what there is to run, and how long it takes
-    python benchmarks/results.py                   # all of it; can be resumed
-    python benchmarks/results.py --only dpo ppo    # these runs alone, then the README
+    python benchmarks/results.py --jobs 2          # all of it, two commands at a time
+    python benchmarks/results.py --only dpo ppo    # these runs alone, then the pages
 
-Commands run one after another, as a reader would run them, for three seeds where `seeds` below says
-so, each in a process of its own whose time and peak memory are measured. A run is kept in --out and
-run again only if its command, its script or model.py has changed (comments and docstrings aside).
-The benchmarks of time measure against peers: pip install trl==1.16.0 liger-kernel.
+Each command runs as a reader would run it, in a process of its own, whose CPU time and peak memory
+are kept: five seeds for the default runs of the seven scripts, and three for most others. With
+--jobs above 1 every process has one thread. A finished run stays in --out. It is made again only if
+its command or its code has changed, comments and docstrings aside. The benchmarks of time run alone
+and measure against peers: pip install trl==1.16.0 liger-kernel.
 
-Three kinds of things in README.md are written here, and so need no typing:
+Three kinds of things are written here and need no typing:
     blocks      between <!-- results: NAME --> and <!-- end -->: tables and terminal output
-    sentences   SENTENCES below quotes them with {} for each number; one that is not in the README
-                any more, or not any more in those words, is an error
+    sentences   SENTENCES below quotes them, with {} for each number
     figures     benchmarks/*.png, copied from a run or drawn by a benchmark
-What lacks a run is left as it stands, and named at the end.
+A block that lacks its runs stays as it is, a table goes without such rows, and both are named.
 """
 
 import argparse
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
@@ -34,85 +35,100 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-THREE = (0, 1, 2)
-# name: (command, seeds, seconds that it takes). RUNS in a command is the folder of all runs.
+ONE, THREE, FIVE = (0,), (0, 1, 2), (0, 1, 2, 3, 4)
+ALL = ("all",)  # a benchmark that knows its own seeds
+# name: (command, seeds, CPU seconds of one run). RUNS in a command is the folder of all runs,
+# and FOLDER that of its own.
 RUNS = {
-    "dpo": ("dpo.py", THREE, 25),
-    "cdpo": ("dpo.py --label_smoothing 0.1", THREE, 25),
-    "ipo": ("dpo.py --loss ipo", THREE, 25),
-    "ipo_mean": ("dpo.py --loss ipo_mean", THREE, 25),
-    "rdpo": ("dpo.py --loss rdpo", THREE, 25),
-    "kto": ("dpo.py --loss kto", THREE, 30),
-    "dpo_lora": ("dpo.py --lora_rank 8", THREE, 25),
-    "dpo_bad": ("dpo.py --beta 0.05 --lr 2e-3", (0,), 35),
-    "reward_model": ("reward_model.py", THREE, 30),
-    "best_of_k": ("reward_model.py --loss best_of_k", THREE, 30),
-    "reward_model_bad": ("reward_model.py --rankings 128 --epochs 30", (0,), 40),
-    "ppo": ("ppo_rlhf.py", THREE, 28),
-    "best_of_4": ("ppo_rlhf.py --algo best_of_n", THREE, 10),
-    "best_of_16": ("ppo_rlhf.py --algo best_of_n --n 16", THREE, 15),
-    "raft": ("ppo_rlhf.py --algo raft", THREE, 17),
-    "ppo_learned": ("ppo_rlhf.py --reward_model RUNS/reward_model/0", (0,), 35),
-    "ppo_relabel": ("ppo_rlhf.py --reward_model RUNS/reward_model/0 --relabel_every 10", (0,), 60),
-    "pipeline_sft": ("sft.py --task sentiment", (0,), 9),
-    "pipeline_rm": ("reward_model.py --model RUNS/pipeline_sft/0", (0,), 30),
-    "pipeline_ppo": ("ppo_rlhf.py --model RUNS/pipeline_sft/0 --reward_model RUNS/pipeline_rm/0 "
-                     "--base tiny", (0,), 35),
-    "reward_hacking": ("benchmarks/reward_hacking.py", (0,), 200),
-    "lesson": ("simpo.py --lesson", THREE, 60),
-    "simpo": ("simpo.py", (0,), 17),
-    "simpo_bad": ("simpo.py --epochs 8", (0,), 60),
-    "objectives": ("benchmarks/objectives.py", (), 720),
-    "hir": ("hir.py", THREE, 37),
-    "farl": ("hir.py --algo farl", THREE, 25),
-    "hir_bad": ("hir.py --temperature 1", (0,), 40),
-    "hindsight": ("benchmarks/hindsight.py", (), 1300),
-    "self_correct": ("self_correct.py", THREE, 52),
-    "self_correct_none": ("self_correct.py --feedback none", THREE, 50),
-    "self_correct_bad": ("self_correct.py --alpha 1", (0,), 52),
-    "sft": ("sft.py", THREE, 10),
-    "sft_sentiment": ("sft.py --task sentiment", THREE, 9),
-    "sft_bad": ("sft.py --lr 0.1", (0,), 10),
-    "tiny": ("sft.py --task pretrain", (0,), 185),
-    "frontier": ("benchmarks/frontier.py", (), 2000),
-    "gather": ("benchmarks/gather.py", (), 400),  # these three: on a machine that does nothing else
-    "dpo_step": ("benchmarks/dpo_step.py", (), 1500),
-    "rollout": ("benchmarks/rollout.py", (), 500),
+    "sft": ("sft.py", FIVE, 35),
+    "sft_sentiment": ("sft.py --task sentiment", THREE, 30),
+    "sft_bad": ("sft.py --lr 0.1", ONE, 35),
+    "reward_model": ("reward_model.py", FIVE, 90),
+    "best_of_k": ("reward_model.py --loss best_of_k", THREE, 90),
+    "reward_model_bad": ("reward_model.py --rankings 128 --epochs 30", ONE, 100),
+    "ppo": ("ppo_rlhf.py", FIVE, 95),
+    "raft": ("-m variants.raft", THREE, 40),
+    "best_of_4": ("-m variants.raft --best_of_n", THREE, 25),
+    "best_of_16": ("-m variants.raft --best_of_n --n 16", THREE, 40),
+    "ppo_learned": ("ppo_rlhf.py --reward_model RUNS/reward_model/0", ONE, 110),
+    "ppo_longer": ("ppo_rlhf.py --model RUNS/ppo_learned/0 --reference tiny "
+                   "--reward_model RUNS/reward_model/0", ONE, 110),
+    "online_rm": ("reward_model.py --model RUNS/reward_model/0 --policy RUNS/ppo_learned/0", ONE,
+                  90),
+    "online_ppo": ("ppo_rlhf.py --model RUNS/ppo_learned/0 --reference tiny "
+                   "--reward_model RUNS/online_rm/0", ONE, 110),
+    "pipeline_rm": ("reward_model.py --model RUNS/sft_sentiment/0", ONE, 90),
+    "pipeline_ppo": ("ppo_rlhf.py --model RUNS/sft_sentiment/0 --reward_model RUNS/pipeline_rm/0",
+                     ONE, 110),
+    "reward_hacking": ("benchmarks/reward_hacking.py", ALL, 600),
+    "dpo": ("dpo.py", FIVE, 65),
+    "cdpo": ("dpo.py --label_smoothing 0.1", THREE, 65),
+    "ipo": ("dpo.py --loss ipo --beta 0.1", THREE, 65),
+    "rdpo": ("dpo.py --loss rdpo", THREE, 65),
+    "kto": ("-m variants.kto", THREE, 80),
+    "dpo_lora": ("dpo.py --lora_rank 8", THREE, 75),
+    "dpo_bad": ("dpo.py --beta 0.05 --lr 2e-3", ONE, 65),
+    "simpo": ("simpo.py", FIVE, 40),
+    "rrhf": ("-m variants.rankings --loss rrhf", THREE, 40),
+    "pro": ("-m variants.rankings --loss pro", THREE, 40),
+    "simpo_bad": ("simpo.py --epochs 8", ONE, 150),
+    "lesson": ("benchmarks/simpo_lesson.py --figure FOLDER/lesson.png", THREE, 150),
+    "objectives": ("benchmarks/objectives.py", ALL, 1500),
+    "hir": ("hir.py", FIVE, 130),
+    "farl": ("hir.py --algo farl", THREE, 80),
+    "coh": ("-m variants.chain_of_hindsight", THREE, 90),
+    "hir_bad": ("hir.py --temperature 1", ONE, 130),
+    "hindsight": ("benchmarks/hindsight.py", ALL, 4000),
+    "self_correct": ("self_correct.py", FIVE, 170),
+    "self_correct_none": ("self_correct.py --feedback none", THREE, 170),
+    "self_correct_bad": ("self_correct.py --alpha 1", ONE, 170),
+    "tiny": ("-m tiny.make", ALL, 500),
+    "frontier": ("benchmarks/frontier.py", ALL, 6000),
+    "gather": ("benchmarks/gather.py", ALL, 400),
+    "dpo_step": ("benchmarks/dpo_step.py", ALL, 1500),
+    "rollout": ("benchmarks/rollout.py", ALL, 500),
 }
-PRINTED = {"gather": ("trl", "liger_kernel"), "dpo_step": ("trl", "liger_kernel"), "rollout": ()}
-SENTENCES = [  # words of the README, and what stands at each {}: (run, key, digits), of seed 0
-    ("The toy gains little from them: true reward {}, not {}",
-     [("dpo_lora", "samples/true_reward", 2), ("dpo", "samples/true_reward", 2)]),
-    ("hears only which response is the best, has an accuracy of {} and a rank correlation of {}",
-     [("best_of_k", "pairs/accuracy", 3), ("best_of_k", "true_reward/rank_correlation", 3)]),
-    ("reaches a true reward of {} at a KL of {}, and with relabeling {} at {}",
-     [("ppo_learned", "samples/true_reward", 2), ("ppo_learned", "kl/policy_reference", 1),
-      ("ppo_relabel", "samples/true_reward", 2), ("ppo_relabel", "kl/policy_reference", 1)]),
-    ("`logps/chosen` went from {} to {} while the true reward of samples rose from {} to {}",
-     [("dpo", "before logps/chosen", 1), ("dpo", "logps/chosen", 1),
-      ("dpo", "before samples/true_reward", 2), ("dpo", "samples/true_reward", 2)]),
-    ("in `python dpo.py` a share of {} of the tokens", [("dpo", "log padding", 3)]),
-    ("`followed/all`, from {} to {}",
-     [("hir", "before followed/all", 2), ("hir", "followed/all", 2)]),
-    ("`summary/recall` from {} to {}, beside lead-1 and lead-3",
-     [("sft", "before summary/recall", 2), ("sft", "summary/recall", 2)]),
-    ("ends with a share of {} of its instructions followed, and {} of its samples are reviews",
-     [("hir_bad", "followed/all", 2), ("hir_bad", "samples/reviews", 2)]),
-    ("`python self_correct.py --alpha 1` has {}, {}, {} of the answers perfect after 1, 2, 3 "
-     "corrections under the stop rule, but damages {}, {}, {} of the perfect ones",
-     [("self_correct_bad", f"{i} {key}", 2) for key in ("stop_rule/perfect", "damaged")
-      for i in (1, 2, 3)]),
+TIMED = {"gather": ("trl", "liger_kernel"), "dpo_step": ("trl", "liger_kernel"), "rollout": ()}
+SENTENCES = [  # words of a page, and for each {} of them: (run, column, key, digits), of seed 0
+    ("falls from {} at the first step to {} at the last ones, while the true reward of samples "
+     "rises from {} to {}",
+     [("dpo", "first", "logps/chosen", 1), ("dpo", "last", "logps/chosen", 1),
+      ("dpo", "before", "samples/true_reward", 2), ("dpo", "after", "samples/true_reward", 2)]),
 ]
 
 
+# ---------------------------------------------------------------------------------------- running
+
+
+def add_imports(path, files):
+    """Add path to the list, and all files of the project that it imports, directly or not."""
+    if path in files or not path.is_file():
+        return
+    files.append(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            add_imports(ROOT / (name.replace(".", "/") + ".py"), files)
+
+
+def needs(command):
+    """The runs (name, seed) whose folders a command reads."""
+    return [(name, int(seed)) for name, seed in re.findall(r"RUNS/(\w+)/(\d+)", command)]
+
+
+@functools.cache
 def fingerprint(command):
-    """Hash of a command and of what it runs on: code without comments and docstrings, tiny/."""
-    script = ROOT / command.split()[0]
-    files = [script, ROOT / "model.py"]
-    if script.parent != ROOT:  # a benchmark may use any of the scripts
-        files = [script, *sorted(ROOT.glob("*.py"))]
+    """Hash of a command and of all that it runs on: code without docstrings, tiny/, other runs."""
+    words, files = command.split(), []
+    path = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+    add_imports(ROOT / path, files)
+    if len(files) == 1:  # it imports no script, so it starts them as programs: any of them
+        for other in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("variants/*.py"))]:
+            add_imports(other, files)
     code = [command, hashlib.sha256((ROOT / "tiny" / "model.safetensors").read_bytes()).hexdigest()]
-    code += [fingerprint(RUNS[name][0]) for name in re.findall(r"RUNS/(\w+)", command)]
+    code += [fingerprint(RUNS[name][0]) for name, _ in needs(command)]
     for path in files:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -123,413 +139,388 @@ def fingerprint(command):
     return hashlib.sha256("\n".join(code).encode()).hexdigest()
 
 
-def is_done(folder, command):
-    """Whether a run of this very command and code has ended there."""
-    path = folder / "done.json"
-    return path.is_file() and json.loads(path.read_text())["code"] == fingerprint(command)
+def is_done(name, seed):
+    """Whether a run of this very command and code has ended."""
+    path = OUT / name / str(seed) / "done.json"
+    return path.is_file() and json.loads(path.read_text())["code"] == fingerprint(RUNS[name][0])
 
 
-def run(name, seed, runs):
-    """Run one command in a process of its own; keep its output, time and peak memory."""
+def start(name, seed, jobs):
+    """Start one command in a process of its own. Returns what `end` needs to know."""
+    fingerprint.cache_clear()  # the code may have changed since the last run was started
     command = RUNS[name][0]
-    folder = runs / name / ("all" if seed is None else str(seed))
-    begun, code = folder / "begun.txt", fingerprint(command)
+    folder, code = OUT / name / str(seed), fingerprint(command)
+    begun = folder / "begun.txt"
     if begun.exists() and begun.read_text() != code:
-        # A benchmark would take what older code has left for its own. It may be an hour's work.
+        # A benchmark would take results of older code for its own. They may be an hour's work.
         aside = folder.with_name(f"{folder.name} of {time.strftime('%Y-%m-%d %H.%M.%S')}")
-        print(f"\n{folder} was made by other code; it is now {aside}")
         folder.rename(aside)
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(code)
-    words = command.replace("RUNS", str(runs)).split()
-    words += [] if name in PRINTED else ["--out", str(folder)]
-    words += [] if seed is None else ["--seed", str(seed)]
-    began = time.perf_counter()
-    with open(folder / "stdout.txt", "w") as out, open(folder / "stderr.txt", "w") as err:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=out, stderr=err)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)  # of this child and its own children
-        except KeyboardInterrupt:
-            process.terminate()
-            raise
+    words = command.replace("RUNS", str(OUT)).replace("FOLDER", str(folder)).split()
+    if name not in TIMED:
+        words += ["--out", str(folder)]
+    if seed != "all":
+        words += ["--seed", str(seed)]
+    environment = dict(os.environ)
+    if jobs > 1 and name not in TIMED:
+        environment["OMP_NUM_THREADS"] = "1"
+    out, err = open(folder / "stdout.txt", "w"), open(folder / "stderr.txt", "w")
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=out, stderr=err,
+                               env=environment)
+    return process, {"name": name, "seed": seed, "folder": folder, "code": code,
+                     "began": time.perf_counter(), "words": words}
+
+
+def end(task, status, usage):
+    """Keep what a run has taken. One that failed is named and left out; the others go on."""
     if status:
-        raise SystemExit(f"python {' '.join(words)} failed; see {folder / 'stderr.txt'}")
-    seconds, mib = time.perf_counter() - began, usage.ru_maxrss / 1024
-    (folder / "done.json").write_text(json.dumps(
-        {"code": code, "seconds": seconds, "mib": mib}) + "\n")
+        tqdm.write(f"python {' '.join(task['words'])} failed; see {task['folder'] / 'stderr.txt'}")
+        return
+    (task["folder"] / "done.json").write_text(json.dumps({
+        "code": task["code"],
+        "seconds": time.perf_counter() - task["began"],
+        "cpu": usage.ru_utime + usage.ru_stime,  # of the process and of its own children
+        "mib": usage.ru_maxrss / 1024}) + "\n")
+
+
+def run_all(waiting, jobs):
+    """Run (name, seed) pairs, `jobs` at a time; the benchmarks of time run last, and alone."""
+    waiting = sorted(waiting, key=lambda pair: pair[0] in TIMED)
+    running = {}  # process id: (process, task)
+    progress = tqdm(total=sum(RUNS[name][2] for name, _ in waiting), unit="s of CPU", disable=None)
+    try:
+        while waiting or running:
+            for pair in list(waiting):
+                name, seed = pair
+                active = [(task["name"], task["seed"]) for _, task in running.values()]
+                full = len(running) >= jobs or any(other in TIMED for other, _ in active)
+                ready = not any(need in waiting or need in active for need in needs(RUNS[name][0]))
+                if not full and ready and not (running and name in TIMED):
+                    process, task = start(name, seed, jobs)
+                    running[process.pid] = process, task
+                    waiting.remove(pair)
+            pid, status, usage = os.wait4(-1, 0)
+            _, task = running.pop(pid)
+            end(task, status, usage)
+            progress.update(RUNS[task["name"]][2])
+            progress.set_description(f"{task['name']} {task['seed']}")
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        progress.close()
 
 
 # ------------------------------------------------------------------------- what the runs have left
 
 
+MISSING = set()  # runs that a page needs, and that have not been made
+
+
 class Missing(Exception):
-    """A run that a block or a sentence needs has not been made."""
+    """One of them: the block or sentence stays as it is."""
+
+    def __init__(self, name):
+        MISSING.add(name)
 
 
-def read(name, seed=0):
-    """(columns of results.json, done.json, folder) of a run."""
-    folder = OUT / name / str(seed)
-    command = RUNS[name][0]
-    if not is_done(folder, command):
-        raise Missing(f"{name} {seed}")
-    path = folder / "results.json"
-    return (json.loads(path.read_text()) if path.exists() else {},
-            json.loads((folder / "done.json").read_text()), folder)
+def folder_of(name, seed=0):
+    """The folder of a finished run."""
+    if not is_done(name, seed):
+        raise Missing(name)
+    return OUT / name / str(seed)
 
 
-def number(name, key, seed=0):
-    """A number of the last column of a run's results, or of another that key begins with."""
-    columns, _, folder = read(name, seed)
-    first, _, rest = key.partition(" ")
-    if first == "log":  # the mean of a number that every step logs
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        return statistics.mean(json.loads(line)[rest] for line in lines)
-    if first in columns:
-        return columns[first].get(rest)
-    return list(columns.values())[-1].get(key)
+def number(name, column, key, seed=0):
+    """A number of results.json, or of the log: the first step, or the mean of the last ten."""
+    folder = folder_of(name, seed)
+    if column in ("first", "last") or key.startswith("online/"):  # of these there is only the log
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = rows[:1] if column == "first" else rows[-10:]
+        return statistics.mean(row[key] for row in rows)
+    return json.loads((folder / "results.json").read_text()).get(column, {}).get(key)
 
 
-def spread_of(values, digits=2):
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def spread(name, key, digits=2):
-    """Mean ± SD over the seeds of a run."""
-    values = [number(name, key, seed) for seed in RUNS[name][1]]
-    if None in values:
+def spread(name, column, key, digits=2):
+    """Mean ± SD over the seeds of a run; seeds without this number are left out, and counted."""
+    seeds = RUNS[name][1]
+    values = [number(name, column, key, seed) for seed in seeds]
+    values = [value for value in values if value is not None]
+    if not values:
         return ""
-    return spread_of(values, digits)
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text + f" ({len(values)} of {len(seeds)} seeds)" * (len(values) < len(seeds))
 
 
-def change(name, key, digits=2):
-    """first -> mean ± SD over seeds."""
-    before = statistics.mean(number(name, f"before {key}", seed) for seed in RUNS[name][1])
-    return f"{before:.{digits}f} → {spread(name, key, digits)}"
+def cell(name, column, key, digits=2):
+    """The spread of a number; of a run's last column also the mean before, if there is one."""
+    before = "draft" if column == "1" else "before"
+    now = spread(name, column, key, digits)
+    if column in ("after", "1") and not key.startswith(("online/", "pairs/ceiling")) \
+            and spread(name, before, key):
+        return f"{spread(name, before, key, digits).split(' ')[0]} → {now}"
+    return now
 
 
 def markdown(head, rows):
-    return "\n".join([f"| {' | '.join(head)} |", "| --- " * len(head) + "|",
-                      *(f"| {' | '.join(row)} |" for row in rows)])
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def command(name):
+def command_of(name):
     return f"`python {RUNS[name][0].replace('RUNS', 'runs')}`"
 
 
-def terminal(name, first, last=None):
-    """What a run printed, from the line that has first in it to the one before last."""
-    _, _, folder = read(name)
-    lines = (folder / "stdout.txt").read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if first in line)
-    end = next((i for i, line in enumerate(lines) if i > start and last and last in line), None)
-    return "```\n" + "\n".join(lines[start:end]).strip("\n") + "\n```"
+def fenced(lines):
+    return "```\n" + "\n".join(lines).strip("\n") + "\n```"
 
 
-def samples(name, count):
-    """The first different texts of a run's last column, for the eye."""
-    _, _, folder = read(name)
-    lines = (folder / "samples.txt").read_text(encoding="utf-8").splitlines()
-    texts = [line.split(":", 1)[1].strip() for line in lines if line.startswith("after ")]
-    return "```\n" + "\n".join(text[:150] for text in list(dict.fromkeys(texts))[:count]) + "\n```"
+def stdout_of(name, seed=0):
+    return (folder_of(name, seed) / "stdout.txt").read_text(encoding="utf-8").splitlines()
 
 
 # ------------------------------------------------------------------------------------- the blocks
+# Tables of means over seeds. name: (keys, digits, rows); a row is a run, or (run, column, label).
+
+OF_J = ("samples/true_reward", "kl/policy_reference", "J/policy", "J/share_of_the_way",
+        "J/effective_samples", "samples/grammatical", "samples/tokens")
+OF_SUMMARIES = ("samples/quality", "samples/recall", "samples/made_up", "samples/tokens",
+                "samples/grammatical", "kl/policy_reference")
+TABLES = {
+    "sft": (("loss", "summary/recall", "summary/made_up", "summary/quality"), 3,
+            [("sft", "lead-1", "the post's first sentence"),
+             ("sft", "lead-3", "its first three sentences"), "sft"]),
+    "reward_model": (("pairs/accuracy", "pairs/ceiling", "calibration/error"), 3,
+                     ["reward_model", "best_of_k"]),
+    "ppo": (OF_J, 2, ["ppo", "best_of_4", "best_of_16", "raft"]),
+    "online": (("samples/true_reward", "kl/policy_reference", "samples/grammatical",
+                "scores/mean"), 2,
+               [("ppo_learned", "after", "40 steps"),
+                ("ppo_longer", "after", "40 steps more with the same reward model"),
+                ("online_ppo", "after", "40 steps more with new labels")]),
+    "dpo": ((*OF_J, "rewards/accuracy"), 2,
+            ["dpo", "cdpo", "ipo", "rdpo", "kto", "dpo_lora"]),
+    "simpo": ((*OF_SUMMARIES, "rewards/accuracy"), 2, ["simpo", "rrhf", "pro"]),
+    "lesson": (OF_SUMMARIES, 2, [
+        ("lesson", "before", "before"), ("lesson", "simpo", "`python simpo.py`"),
+        ("lesson", "no margin", "`--gamma_beta_ratio 0`"),
+        ("lesson", "sums", "`--loss cpo --lam 0 --beta 2`"),
+        ("lesson", "sums b=.1", "`--loss cpo --lam 0`")]),
+    "hir": (("followed/all", "followed/held_out", "samples/reviews", "online/used"), 2,
+            ["hir", "farl", "coh"]),
+    "self_correct": (("value", "perfect", "stop_rule/perfect", "damaged"), 2,
+                     [(name, column, f"{command_of(name)}, {label}")
+                      for name in ("self_correct", "self_correct_none", "self_correct_bad")
+                      for column, label in (("1", "draft → 1 correction"), ("2", "2 corrections"),
+                                            ("3", "3 corrections"))]),
+}
+SUMMARY = [("sft", "summary/quality"), ("sft_sentiment", "review/true_reward"),
+           ("reward_model", "pairs/accuracy"), ("reward_model", "pairs/ceiling"),
+           ("ppo", "samples/true_reward"), ("ppo", "J/share_of_the_way"),
+           ("ppo", "samples/grammatical"), ("dpo", "samples/true_reward"),
+           ("dpo", "J/share_of_the_way"), ("dpo", "samples/grammatical"),
+           ("simpo", "samples/quality"), ("hir", "followed/all"), ("self_correct", "perfect"),
+           ("kto", "samples/true_reward"), ("raft", "samples/true_reward"),
+           ("best_of_4", "samples/true_reward"),
+           ("rrhf", "samples/quality"), ("pro", "samples/quality"), ("coh", "followed/all"),
+           ("tiny", "")]
+BAD = [  # a run, the default run, the column to compare, numbers, and why it is so
+    ("sft_bad", "sft", "after", ("loss", "summary/quality", "summary/made_up"),
+     "The learning rate is a hundred times too high. The model learns what all summaries share, "
+     "and nothing of the post."),
+    ("reward_model_bad", "reward_model", "after", ("pairs/accuracy", "calibration/error"),
+     "It sees 128 rankings thirty times. It knows them by heart, and is too sure where it errs."),
+    ("dpo_bad", "dpo", "after", ("samples/true_reward", "samples/grammatical", "samples/tokens",
+                                 "kl/policy_reference", "J/effective_samples"),
+     "Beta is too low and the learning rate too high. The policy writes texts that no pair says "
+     "anything about."),
+    ("simpo_bad", "simpo", "after", ("samples/quality", "samples/grammatical",
+                                     "kl/policy_reference", "rewards/accuracy"),
+     "Eight passes, and no reference that holds it. The margin grows on pairs that it ranks "
+     "correctly anyway."),
+    ("hir_bad", "hir", "after", ("followed/all", "samples/reviews"),
+     "Label smoothing asks for random tokens, and the next episode samples them."),
+    ("self_correct_bad", "self_correct", "3", ("damaged", "perfect"),
+     "Small improvements are drawn nearly as often as large ones. So it keeps rewriting, even what "
+     "was perfect."),
+]
 
 
-def block_summary():
-    what = [
-        ("sft", "summary/quality"), ("sft_sentiment", "review/true_reward"),
-        ("reward_model", "pairs/accuracy"), ("ppo", "samples/true_reward"),
-        ("ppo", "J/share_of_the_way"), ("raft", "samples/true_reward"),
-        ("best_of_4", "samples/true_reward"), ("dpo", "samples/true_reward"),
-        ("dpo", "J/share_of_the_way"), ("kto", "samples/true_reward"),
-        ("dpo_lora", "samples/true_reward"), ("hir", "followed/all"), ("farl", "followed/all"),
-        ("self_correct", "perfect")]
-    rows, seen = [], set()
-    for name, key in what:
-        first = key not in ("J/share_of_the_way", "pairs/accuracy", "perfect")
-        value = change(name, key) if first else spread(name, key)
-        if name == "self_correct":
-            value = (f"{statistics.mean(read(name, s)[0]['draft']['perfect'] for s in THREE):.2f}"
-                     f" → {spread_of([read(name, s)[0]['1']['perfect'] for s in THREE])}")
-        done = [read(name, seed)[1] for seed in THREE]
-        cost = ["", ""] if name in seen else [
-            f"{statistics.mean(d['seconds'] for d in done):.0f} s",
-            f"{max(d['mib'] for d in done):.0f} MiB"]
-        label = f"`{key}`" + " after 1 correction" * (name == "self_correct")
-        rows.append(["" if name in seen else command(name), label, value, *cost])
-        seen.add(name)
-    rows.append([command("simpo"), "`samples/quality`", lesson_change(), *cost_of("simpo")])
-    rows.append([command("tiny") + " makes `tiny/`", "", "", cost_of("tiny")[0], ""])
-    return markdown(["command", "number", "before → after", "time", "peak memory"], rows)
+def block_table(name):
+    keys, digits, rows = TABLES[name]
+    lines = []
+    for row in rows:
+        run, column, label = (row, "after", command_of(row)) if isinstance(row, str) else row
+        if is_whole(run):
+            lines.append([label, *(cell(run, column, key, digits) for key in keys)])
+    return markdown(["", *(f"`{key}`" for key in keys)], lines)
 
 
-def cost_of(name):
-    _, done, _ = read(name)
-    return f"{done['seconds']:.0f} s", f"{done['mib']:.0f} MiB"
-
-
-def lesson_of(variant, key):
-    return [read("lesson", seed)[0][variant][f"samples/{key}" if key != "KL"
-                                             else "kl/policy_reference"] for seed in THREE]
-
-
-def lesson_change():
-    return (f"{statistics.mean(lesson_of('before', 'quality')):.2f} → "
-            f"{spread_of(lesson_of('simpo', 'quality'))}")
-
-
-def block_lesson():
-    names = {"before": "before", "simpo": "`python simpo.py`",
-             "no margin": "`--gamma_beta_ratio 0`", "sums": "`--loss cpo --lam 0 --beta 2`",
-             "sums b=.1": "`--loss cpo --lam 0`"}
-    keys = ("quality", "recall", "made_up", "words", "grammatical", "KL")
-    return markdown(["", *keys], [
-        [label, *(", ".join(f"{x:.2f}" for x in lesson_of(name, key)) for key in keys)]
-        for name, label in names.items()])
+def is_whole(name):
+    """Whether all seeds of a run have ended. A table goes without rows whose runs have not."""
+    missing = [seed for seed in RUNS[name][1] if not is_done(name, seed)]
+    if missing:
+        MISSING.add(name)
+    return not missing
 
 
 def block_first():
-    return terminal("dpo", " preferences, ", "metrics.jsonl")
+    """What `python dpo.py` prints, as far as its first sample."""
+    lines = stdout_of("dpo")
+    first = next(i for i, line in enumerate(lines) if " pairs, " in line)
+    sample = next(i for i, line in enumerate(lines) if i > first + 2 and line.startswith("prompt"))
+    shown = lines[first:sample + 3]
+    return fenced([line for i, line in enumerate(shown) if line or shown[i - 1]])
+
+
+def block_summary():
+    rows, seen = [], set()
+    for name, key in [(name, key) for name, key in SUMMARY if is_whole(name)]:
+        done = [json.loads((folder_of(name, seed) / "done.json").read_text())
+                for seed in RUNS[name][1]]
+        label, value = f"`{key}`", cell(name, "after", key) if key else ""
+        if name == "self_correct":
+            label, value = f"`{key}`, draft → 1 correction", cell(name, "1", key)
+        if name == "tiny":
+            label = "makes the model in `tiny/`"
+        rows.append([command_of(name), label, value,
+                     f"{statistics.mean(run['cpu'] for run in done):.0f} s",
+                     f"{max(run['mib'] for run in done):.0f} MiB"])
+        if name in seen:
+            rows[-1] = ["", label, value, "", ""]
+        seen.add(name)
+    return markdown(["command", "number", "before → after", "CPU time", "peak memory"], rows)
 
 
 def block_pipeline():
-    return terminal("pipeline_ppo", " base ", "prompt:")
-
-
-def block_reward_model():
-    keys = ("pairs/accuracy", "pairs/ceiling", "true_reward/rank_correlation", "calibration/error")
-    return markdown(["`--seed`", "held-out accuracy", "Bayes ceiling",
-                     "rank correlation with the true reward", "calibration error"],
-                    [[str(seed), *(f"{number('reward_model', key, seed):.3f}" for key in keys)]
-                     for seed in THREE])
-
-
-def row_of_j(name, label):
-    """True reward, KL, J, share of the way and grammar, over seeds."""
-    share = spread(name, "J/share_of_the_way")
-    if not share:
-        few = min(number(name, "J/effective_samples", seed) for seed in RUNS[name][1])
-        share = f"not quoted ({few:.0f} effective samples)"
-    return [label, change(name, "samples/true_reward"), spread(name, "kl/policy_reference"),
-            spread(name, "J/policy"), share, spread(name, "samples/grammatical", 3)]
-
-
-J_HEAD = ["true reward", "KL", "J", "share of the way", "grammatical"]
-
-
-def block_ppo():
-    return markdown(["command", *J_HEAD], [row_of_j(name, command(name)) for name in (
-        "ppo", "best_of_4", "best_of_16", "raft")])
-
-
-def block_dpo():
-    return markdown(["command", *J_HEAD, "accuracy", "tokens"], [
-        [*row_of_j(name, command(name)), spread(name, "rewards/accuracy"),
-         spread(name, "samples/tokens", 1)]
-        for name in ("dpo", "cdpo", "ipo", "ipo_mean", "rdpo", "kto")])
+    lines = stdout_of("pipeline_ppo")
+    first = next(i for i, line in enumerate(lines) if re.fullmatch(r" +before +after", line))
+    return fenced(lines[first:lines.index("", first)])
 
 
 def block_dpo_bad():
-    return samples("dpo_bad", 3)
+    """A few of the samples of a run that has gone wrong."""
+    lines = (folder_of("dpo_bad") / "samples.txt").read_text(encoding="utf-8").splitlines()
+    texts = [line.split(":", 1)[1].strip() for line in lines if line.startswith("after ")]
+    return fenced([text[:95] for text in list(dict.fromkeys(texts))[:3]])
 
 
 def block_wrong():
-    what = [
-        ("sft_bad", "sft", ("loss", "summary/quality", "summary/made_up")),
-        ("reward_model_bad", "reward_model", ("pairs/loss", "pairs/accuracy", "calibration/error")),
-        ("dpo_bad", "dpo", ("samples/true_reward", "samples/grammatical", "samples/tokens",
-                            "kl/policy_reference", "J/effective_samples")),
-        ("simpo_bad", "simpo", ("samples/quality", "samples/grammatical", "kl/policy_reference",
-                                "rewards/accuracy")),
-        ("hir_bad", "hir", ("followed/all", "samples/reviews"))]
-    rows = [[command(bad), "<br>".join(
-        f"`{key}` {number(bad, key):.2f}, not {number(good, key):.2f}" for key in keys),
-        WHY[bad]] for bad, good, keys in what]
-    old, new = (read(name)[0]["3"] for name in ("self_correct", "self_correct_bad"))
-    rows.append([command("self_correct_bad"), "<br>".join(
-        f"`{key}` {new[key]:.2f}, not {old[key]:.2f}" for key in ("damaged", "perfect")),
-        WHY["self_correct_bad"]])
-    return markdown(["command", "how it looks", "why"], rows)
-
-
-WHY = {
-    "sft_bad": "a learning rate a hundred times too high: it learns what all answers share, and "
-               "nothing of the post",
-    "reward_model_bad": "512 responses, thirty times over: it knows them by heart, and is sure of "
-                        "itself where it errs",
-    "dpo_bad": "beta too low and steps too long: it left what the pairs say anything about",
-    "simpo_bad": "eight passes, and no reference to hold it: the margin grows on pairs that it "
-                 "ranks rightly anyway",
-    "hir_bad": "label smoothing asks for random tokens, and the next episode samples them",
-    "self_correct_bad": "small improvements are drawn nearly as often as large ones, so it keeps "
-                        "rewriting, also what was perfect",
-}
-
-
-def block_self_correct():
     rows = []
-    for name, label in (("self_correct", "text"), ("self_correct_none", "none")):
-        for seed in THREE:
-            columns, _, _ = read(name, seed)
-            get = lambda key, names=columns: ", ".join(
-                f"{column[key]:.2f}" for column in names.values() if key in column)
-            last = columns["3"]
-            rows.append([f"{label}, {seed}", get("value"), get("stop_rule/perfect"),
-                         get("resampled/perfect"), f"{last['similarity/own_draft']:.2f}, "
-                         f"{last['similarity/other_draft']:.2f}", get("damaged")])
-    return markdown(["feedback, seed", "value: draft, 1, 2, 3", "perfect, stop rule",
-                     "perfect, resampled", "similarity: own, other draft", "damaged"], rows)
+    for bad, good, column, keys, why in BAD:
+        if not (is_whole(bad) and is_whole(good)):
+            continue
+        numbers = [f"`{key}` {number(bad, column, key):.2f}, not {number(good, column, key):.2f}"
+                   for key in keys]
+        rows.append([command_of(bad), "<br>".join(numbers), why])
+    return markdown(["command", "what it shows", "why"], rows)
 
 
-def block_sft():
-    keys = {"loss": "`loss`, nats a token", "summary/recall": "`summary/recall`",
-            "summary/made_up": "`summary/made_up`", "summary/quality": "`summary/quality`"}
-    rows = [[label, f"{statistics.mean(number('sft', f'before {key}', s) for s in THREE):.3f}",
-             spread("sft", key, 3)] for key, label in keys.items()]
-    for key, label in (("of lead-1", "the same of the post's first sentence (lead-1)"),
-                       ("of lead-3", "of its first three (lead-3)")):
-        rows.append([label, spread("sft", f"summary/quality {key}", 3), ""])
-    rows.append(["`review/true_reward` with `--task sentiment`", *change(
-        "sft_sentiment", "review/true_reward").split(" → ")])
-    return markdown(["", "before", "after"], rows)
+FIGURES = {f"{name}.png": (name, "curves.png") for name in (
+    "sft", "reward_model", "ppo", "dpo", "simpo", "hir", "self_correct")}
+FIGURES["simpo_lesson.png"] = ("lesson", "lesson.png")
 
 
-def table_of(name):
-    """The table that a benchmark left."""
-    folder = OUT / name / "all"
-    if not is_done(folder, RUNS[name][0]):
-        raise Missing(name)
-    return (folder / "table.md").read_text().strip()
+# -------------------------------------------------------------------------------------- the pages
 
 
-def lines_of(name):
-    """What a benchmark of time printed: its setting in the first line, and its table."""
-    folder = OUT / name / "all"
-    if not is_done(folder, RUNS[name][0]):
-        raise Missing(name)
-    text = (folder / "stdout.txt").read_text(encoding="utf-8")
-    setting = next(line for line in text.splitlines() if line.startswith("torch "))
-    table = text[text.index("\n\n"):].partition("\n\ntarget")[0].strip("\n")
-    return f"```\n{setting}\n\n{table}\n```"
-
-
-def block_gather():
-    return lines_of("gather")
-
-
-def block_dpo_step():
-    return lines_of("dpo_step")
-
-
-def block_rollout():
-    return lines_of("rollout")
-
-
-def block_frontier():
-    return table_of("frontier")
-
-
-def block_objectives():
-    return table_of("objectives")
-
-
-def block_hindsight():
-    return table_of("hindsight")
-
-
-FIGURES = {"dpo.png": ("dpo", "curves.png"), "reward_model.png": ("reward_model", "curves.png"),
-           "ppo.png": ("ppo", "curves.png"), "sft.png": ("sft", "curves.png"),
-           "self_correct.png": ("self_correct", "curves.png"), "hir.png": ("hir", "curves.png"),
-           "simpo.png": ("simpo", "curves.png"), "simpo_lesson.png": ("lesson", "lesson.png")}
-
-
-# ------------------------------------------------------------------------------------- the README
+def block(name):
+    """The contents of the block of this name."""
+    if name in TABLES:
+        return block_table(name)
+    if name in TIMED:  # its setting in the first line, and its table
+        text = "\n".join(stdout_of(name, "all"))
+        setting = next(line for line in text.splitlines() if line.startswith("torch "))
+        table = text[text.index("\n\n"):].partition("\n\ntarget")[0]
+        return fenced([setting, "", table.strip("\n")])
+    if RUNS.get(name, ("", ""))[1] == ALL:  # a benchmark that leaves a table
+        return (folder_of(name, "all") / "table.md").read_text(encoding="utf-8").strip()
+    return globals()[f"block_{name}"]()
 
 
 def fill_sentence(text, words, numbers):
-    """text with the numbers in the place of the {} of words; spaces may be line breaks."""
+    """text with the numbers in the place of the {} of words; None if it lacks the sentence."""
     pattern = r"\s+".join(re.escape(word).replace(r"\{\}", r"(-?[\d.]*\d)")
                           for word in words.split())
     found = re.search(pattern, text)
     if not found:
-        raise SystemExit(f"README.md does not say: {words}")
+        return None
     for i in reversed(range(len(numbers))):
-        start, end = found.span(i + 1)
-        text = text[:start] + numbers[i] + text[end:]
+        first, last = found.span(i + 1)
+        text = text[:first] + numbers[i] + text[last:]
     return text
 
 
-def fill_block(text, name, content):
-    """text with content between the marks of a block."""
-    pattern = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
-    text, count = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
-    if count != 1:
-        raise SystemExit(f"README.md has {count} blocks of the name {name}, and needs one")
-    return text
-
-
-def write_readme(path):
-    """Fill in whatever there are runs for; returns the names of those that are missing."""
-    text, missing = path.read_text(encoding="utf-8"), []
-    for name, block in globals().items():
-        if name.startswith("block_"):
-            try:
-                text = fill_block(text, name.removeprefix("block_"), block())
-            except Missing as lacking:
-                missing.append(str(lacking))
+def write_page(path):
+    """Fill in whatever there are runs for."""
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"<!-- results: (\w+) -->", text):
+        try:
+            content = block(name)
+            if content.count("\n") == 1 and content.startswith("|"):
+                continue  # a table without rows
+            text = re.sub(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)",
+                          lambda marks: f"{marks[1]}{content}\n{marks[2]}", text, flags=re.S)
+        except Missing:
+            continue
     for words, sources in SENTENCES:
-        try:
-            text = fill_sentence(text, words, [
-                f"{number(name, key):.{digits}f}" for name, key, digits in sources])
-        except Missing as lacking:
-            missing.append(str(lacking))
-    for figure, (name, source) in FIGURES.items():
-        try:
-            shutil.copy(read(name)[2] / source, ROOT / "benchmarks" / figure)
-        except Missing as lacking:
-            missing.append(str(lacking))
+        if fill_sentence(text, words, ["0"] * len(sources)) is not None:
+            try:
+                numbers = [f"{number(name, column, key):.{digits}f}"
+                           for name, column, key, digits in sources]
+                text = fill_sentence(text, words, numbers)
+            except Missing:
+                continue
     path.write_text(text, encoding="utf-8")
-    return sorted(set(missing))
 
 
 def main():
     global OUT
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="RUN", default=None, choices=RUNS,
-                        help="run these alone (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="RUN", choices=RUNS,
+                        help="run these alone (None: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="commands at a time; above 1, each has "
+                        "one thread")
     parser.add_argument("--list", action="store_true", help="show what there is to run, and stop")
     parser.add_argument("--out", default="runs/results", help="finished runs in it stay")
     args = parser.parse_args()
     OUT = Path(args.out).resolve()
-    todo = [(name, seed) for name in args.only or RUNS for seed in RUNS[name][1] or (None,)
-            if not is_done(OUT / name / ("all" if seed is None else str(seed)), RUNS[name][0])]
-    for name in dict.fromkeys(name for name, _ in todo if name in PRINTED):
-        if lacking := [p for p in PRINTED[name] if importlib.util.find_spec(p) is None]:
+    todo = [(name, seed) for name in args.only or RUNS for seed in RUNS[name][1]
+            if not is_done(name, seed)]
+    for name, _ in list(todo):
+        lacking = [p for p in TIMED.get(name, ()) if importlib.util.find_spec(p) is None]
+        if lacking:
             print(f"{name} is left out: its peers {' and '.join(lacking)} are not installed")
-            todo = [run for run in todo if run[0] != name]
-    minutes = sum(RUNS[name][2] for name, _ in todo) / 60
+            todo = [pair for pair in todo if pair[0] != name]
+        for need in needs(RUNS[name][0]):
+            if need not in todo and not is_done(*need):
+                todo.append(need)
     if args.list:
         for name in args.only or RUNS:
-            seeds = [seed for other, seed in todo if other == name]
-            print(f"{name:18} {RUNS[name][2]:5} s x {len(seeds)}   python {RUNS[name][0]}")
-    print(f"{len(todo)} runs to do, about {minutes:.0f} minutes on two cores; each is kept in "
-          f"{OUT.relative_to(ROOT) if OUT.is_relative_to(ROOT) else OUT}")
+            seeds = sum(other == name for other, _ in todo)
+            print(f"{name:18} {RUNS[name][2]:5} s x {seeds}   python {RUNS[name][0]}")
+    minutes = sum(RUNS[name][2] for name, _ in todo) / 60
+    print(f"{len(todo)} runs to do, about {minutes:.0f} minutes of CPU time; kept in {OUT}")
     if args.list:
         return
-    with tqdm(total=round(60 * minutes), unit="s", disable=None) as progress:
-        for name, seed in todo:
-            progress.set_description(f"{name} {'' if seed is None else seed}")
-            run(name, seed, OUT)
-            progress.update(RUNS[name][2])
-    missing = write_readme(ROOT / "README.md")
-    print("README.md is written." + f" Left as it was, for want of: {', '.join(missing)}"
-          * bool(missing))
+    run_all(todo, args.jobs)
+    fingerprint.cache_clear()
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        write_page(page)
+    for figure, (name, source) in FIGURES.items():
+        try:
+            shutil.copy(folder_of(name) / source, ROOT / "benchmarks" / figure)
+        except Missing:
+            continue
+    print("README.md and docs/ are written." + bool(MISSING) *
+          f" Left out, for want of runs: {', '.join(sorted(MISSING))}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the runs that ended are kept: run it again to go on") from None
+        raise SystemExit("\nstopped; finished runs are kept: run it again to go on") from None

@@ -14,21 +14,24 @@ so it can be hacked as well, and rises too.
 
 import argparse
 import json
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ppo_rlhf  # noqa: E402
+import reward_model  # noqa: E402
+
 PANELS = {"scores/mean": "learned reward (SDs of the reference)", "samples/true_reward":
           "true reward", "kl/policy_reference": "KL from the reference, nats",
           "samples/grammatical": "share grammatical"}
 RUNS = ("beta 0", "beta 0.5")
 
 
-def run(*words):
-    print("$ python " + " ".join(words), flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+def run(script, *words):
+    print(f"$ python {script.__name__}.py {' '.join(words)}", flush=True)
+    script.train(script.parse_args(words))
 
 
 def draw(folder):
@@ -41,14 +44,14 @@ def draw(folder):
     figure, axes = plt.subplots(1, 4, figsize=(14, 5.4))
     lines = []
     for name in RUNS:
-        out = ROOT / folder / name.replace(" ", "_")
+        out = folder / name.replace(" ", "_")
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         for axis, (key, title) in zip(axes, PANELS.items()):
             axis.plot([row["step"] for row in log], [row[key] for row in log], lw=1, label=name)
             axis.set(title=title, xlabel="step")
         after = json.loads((out / "results.json").read_text())["after"]
         samples = (out / "samples.txt").read_text(encoding="utf-8").splitlines()
-        texts = [line.split(":", 1)[1] for line in samples if line.startswith("after :")]
+        texts = [line.split(":", 1)[1] for line in samples if line.startswith("after    :")]
         lines += [f"{name}: " + ", ".join(f"{key} {after[key]:.2f}" for key in PANELS)]
         lines += [" " + textwrap.shorten(text, 150, placeholder=" ...") for text in texts[:5]]
         lines += [""]
@@ -69,12 +72,15 @@ def main():
     args = parser.parse_args()
     folder, seed = Path(args.out), ["--seed", str(args.seed)]
     reward = str(folder / "reward_model")
-    run("reward_model.py", "--out", reward, *seed)
+    run(reward_model, "--out", reward, *seed)
     for name in RUNS:
-        run("ppo_rlhf.py", "--reward_model", reward, "--beta", name.split()[1], "--steps",
+        run(ppo_rlhf, "--reward_model", reward, "--beta", name.split()[1], "--steps",
             str(args.steps), "--out", str(folder / name.replace(" ", "_")), *seed)
     print(draw(folder) + "\nthe figure is in benchmarks/reward_hacking.png")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; run it again to start anew") from None

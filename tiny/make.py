@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import GPT2Config
 
-from model import TINY, fail, load_model, save_model, stopped
+from model import TINY, fail, load_model, save_model
 from sft import (FACTS, collate, schedule, sft_loss, toy_post, toy_prompts, toy_review,
                  toy_summary)
 
@@ -174,7 +174,8 @@ def main(argv=None):
     try:
         return train(args)
     except KeyboardInterrupt:
-        stopped(args.out)
+        print("\nstopped; nothing has been written")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def train(args):
     for step in progress:
         # 2. The rollout: sample n responses to each of P prompts, score them, and keep the best.
         rng = random.Random(f"{args.seed} {step}")
-        P = args.batch_size // args.n
+        P = math.ceil(args.batch_size / args.n)
         asked = [prompt for prompt in rng.choices(prompts, k=P) for _ in range(args.n)]
         sequences, scores, _, row = rollout(policy, reward, tokenizer, asked,
                                             rng.getrandbits(62), args)
