@@ -74,8 +74,10 @@ def make_model(args, seed):
     torch.manual_seed(seed)
     config = GPT2Config.from_pretrained(args.model) if args.model else GPT2Config()
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    if args.worker.startswith("ours"):
+        config.activation_function = "gelu_pytorch_tanh"  # as in model.py
     model = GPT2LMHeadModel(config).eval().to(args.device)
-    model.bf16 = args.device == "cuda"  # as in model.py
+    model.bf16 = args.device == "cuda"
     return model
 
 

@@ -74,12 +74,12 @@ RUNS = {
     "simpo_bad": ("simpo.py --epochs 8", ONE, 150),
     "lesson": ("benchmarks/simpo_lesson.py --figure FOLDER/lesson.png", THREE, 150),
     "objectives": ("benchmarks/objectives.py", ALL, 1500),
-    "hir": ("hir.py", FIVE, 130),
+    "hir": ("hir.py", THREE, 130),
     "farl": ("hir.py --algo farl", THREE, 80),
     "coh": ("-m variants.chain_of_hindsight", THREE, 90),
     "hir_bad": ("hir.py --temperature 1", ONE, 130),
     "hindsight": ("benchmarks/hindsight.py", ALL, 4000),
-    "self_correct": ("self_correct.py", FIVE, 170),
+    "self_correct": ("self_correct.py", THREE, 170),
     "self_correct_none": ("self_correct.py --feedback none", THREE, 170),
     "self_correct_bad": ("self_correct.py --alpha 1", ONE, 170),
     "tiny": ("-m tiny.make", ALL, 500),
@@ -355,6 +355,8 @@ def block_table(name):
         run, column, label = (row, "after", command_of(row)) if isinstance(row, str) else row
         if is_whole(run):
             lines.append([label, *(cell(run, column, key, digits) for key in keys)])
+    if not lines:
+        raise Missing(name)
     return markdown(["", *(f"`{key}`" for key in keys)], lines)
 
 
@@ -415,6 +417,8 @@ def block_wrong():
         numbers = [f"`{key}` {number(bad, column, key):.2f}, not {number(good, column, key):.2f}"
                    for key in keys]
         rows.append([command_of(bad), "<br>".join(numbers), why])
+    if not rows:
+        raise Missing("wrong")
     return markdown(["command", "what it shows", "why"], rows)
 
 

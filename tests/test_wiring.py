@@ -266,7 +266,7 @@ def learn_labels(a, calls):
             yield {"loss": loss, "kl/mismatched": z, f"logps/{side}": logp,
                    f"rewards/{side}": a.beta * r}
 
-    return learn(a, model, batches(examples, a), lesson)
+    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99))
 
 
 def learn_rankings(a, calls):
