@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 TINY = Path(__file__).resolve().parent / "tiny"
 LORA_ALPHA = 16
 # Contractions, digits, runs of spaces, newlines, accents, other scripts, emoji.
-PROBE = "I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   they'll see...\n"
+PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
+         "they'll see...\n")
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
