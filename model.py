@@ -282,8 +282,8 @@ def get_text(row, key):
     value = row.get(key)
     if key == "prompt" and isinstance(value, list):
         return value
-    if isinstance(value, list) and len(value) == 1:  # the response as a message
-        value = dict(value[0]).get("content")
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content")  # the response is given as a chat message
     if not isinstance(value, str):
         fail(f'{row["where"]}: "{key}" is missing or not a text; this row has {list(row)[:-1]}')
     return value
@@ -397,8 +397,8 @@ def report(folder, columns, samples, panels):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3))
-    for axis, names in zip(axes, panels):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    for axis, names in zip(axes[0], panels):
         for name in names:
             axis.plot([row.get(name, math.nan) for row in rows], label=name)
         axis.set_xlabel("step")
