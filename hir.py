@@ -34,8 +34,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (context_length, fail, fingerprint, get_text, load_model, load_state, open_folder,
-                   open_log, read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
+                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
 
 # ------------------------------------------------------------------------- hindsight, and the loss
 # An instruction is a dictionary {requirement: value}, such as {"length": "short", "mood": "kind"}.
@@ -372,7 +372,7 @@ def train(args):
     # 1. The model, and the tasks. The toy begins with a warm-up.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
     lr = args.lr or (4e-3 if model.num_parameters() < 1e7 else 1e-5)
-    room = context_length(model) - args.max_new_tokens
+    room = tokenizer.context - args.max_new_tokens
     tasks, groups = read_tasks(tokenizer, args, room)
     run = fingerprint(args, tasks)
     if not args.data:

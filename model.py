@@ -157,7 +157,8 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if lora_rank:
         add_lora(model, lora_rank)
-    tokenizer.context = context_length(model)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.context = positions or tokenizer.context
     model.bf16 = model.device.type == "cuda"  # arithmetic in bf16, weights in fp32
     generation = getattr(model, "generation_config", None)  # reward models have none
     stops = getattr(generation, "eos_token_id", None)  # None, one id, or a list
@@ -194,11 +195,6 @@ def check_finite(model, message):
     """End with this message if a weight is NaN or infinite."""
     if not all(weight.isfinite().all() for weight in model.parameters()):
         fail(message)
-
-
-def context_length(model):
-    """The number of positions that the model has."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
 
 
 def save_model(model, tokenizer, folder):

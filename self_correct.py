@@ -35,8 +35,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (context_length, fail, fingerprint, get_text, load_model, load_state, open_folder,
-                   open_log, read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
+                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
 
 # ---------------------------------------------------------------------- pairs to learn from
 # The answers to a problem are its pool: D_x is problem["pool"].
@@ -374,7 +374,7 @@ def train(args):
     generator, its_tokenizer = model, tokenizer
     if args.generator:
         generator, its_tokenizer = load_model(args.generator, device=args.device)
-    context = min(context_length(model), context_length(generator))
+    context = min(tokenizer.context, its_tokenizer.context)
     # A draft that is no valid text can have three times as many tokens when it is encoded again; 32
     # are for the words around it.
     problems, held_out = read_problems(tokenizer, args, context - 4 * args.max_new_tokens - 32)
