@@ -8,8 +8,7 @@ raises the probability of each token of a response, given the prompt and the tok
 The sums are over response tokens only, EOS included. N is the number of response tokens in the
 whole update, however it is split into parts, so each token counts the same (a "token mean").
 
-    python sft.py                                    # toy: summaries of short posts
-    python sft.py --task sentiment                   # toy: reviews in a friendlier tone
+    python sft.py                                    # toy: reviews in a friendlier tone
     python sft.py --data mine.jsonl --model gpt2     # lines of {"prompt", "completion"}
 
 Departures from the paper: one epoch, no dropout, and a learning rate that falls to 0 (the paper:
@@ -194,25 +193,12 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     return responses
 
 
-# ------------------------------------------------------------------------------- the toy tasks
+# -------------------------------------------------------------------------------- the toy task
 
 POSITIVE = "amazing brilliant charming delightful funny gripping moving superb wonderful".split()
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
-FACTS = {kind: words.split() for kind, words in {
-    "who": "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karin Louis Nora Oscar",
-    "what": "bicycle camera guitar jacket kettle notebook phone ring scarf suitcase ticket",
-    "where": "Athens Berlin Cairo Dublin Lisbon Madrid Oslo Paris Prague Rome Tokyo Vienna",
-    "when": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"}.items()}
-SAID = {"who": ("My friend is called {}.", "This story is about {}."),
-        "what": ("A {} got lost.", "Somebody forgot a {}."),
-        "where": ("It happened in {}.", "We were in {}."),
-        "when": ("The day was {}.", "It was a {}.")}
-FILLER = ("It rained a lot.", "I had not slept well.", "Nobody said a word.", "The food was cold.",
-          "I still think about it.", "We laughed in the end.", "The train was late.",
-          "Everyone kept looking around.", "That street is always crowded.",
-          "Please help if you can.")
 
 
 def toy_prompts():
@@ -243,50 +229,11 @@ def toy_reward(review):
     return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
 
 
-def toy_post(rng):
-    """A post of three to seven sentences that states two to four facts: (prompt, facts)."""
-    kinds = rng.sample(list(FACTS), rng.choice((2, 3, 4)))
-    facts = {kind: rng.choice(FACTS[kind]) for kind in kinds}
-    said = [rng.choice(SAID[kind]).format(fact) for kind, fact in facts.items()]
-    sentences = said + rng.sample(FILLER, rng.choice((1, 2, 3)))
-    rng.shuffle(sentences)
-    return " ".join(sentences) + "\nTL;DR:", facts
-
-
-def toy_summary(facts):
-    """The summary that states exactly these facts."""
-    what = f"a {facts['what']}" if "what" in facts else "something"
-    where = f" in {facts['where']}" if "where" in facts else ""
-    when = f" on {facts['when']}" if "when" in facts else ""
-    return f" {facts.get('who', 'Somebody')} lost {what}{where}{when}."
-
-
-def toy_quality(summary, facts):
-    """True quality of a summary: recall of facts - made-up facts - 0.01 a word; also the parts."""
-    words = re.findall(r"\w+", summary)
-    stated = set(words) & {fact for values in FACTS.values() for fact in values}
-    recall = len(stated & set(facts.values())) / len(facts)
-    made_up = len(stated - set(facts.values())) / len(facts)
-    return {"quality": recall - made_up - 0.01 * len(words), "recall": recall, "made_up": made_up}
-
-
-def toy_rows(task, count, seed):
-    """Demonstrations: posts with a summary of all their facts, or mostly friendly reviews."""
+def toy_rows(count, seed):
+    """Demonstrations: reviews in which six of ten adjectives are positive, and one is negative."""
     rng = random.Random(seed)
-    if task == "sentiment":
-        return [{"prompt": prompt, "completion": toy_review(rng, weights=(6, 3, 1))}
-                for prompt in rng.choices(toy_prompts(), k=count)]
-    posts = [toy_post(rng) for _ in range(count)]
-    return [{"prompt": post, "completion": toy_summary(facts), "facts": facts}
-            for post, facts in posts]
-
-
-def toy_metrics(rows, texts):
-    """The true quality of one text for each row, averaged over the rows."""
-    if "facts" not in rows[0]:
-        return {"review/true_reward": mean(map(toy_reward, texts))}
-    parts = [toy_quality(text, row["facts"]) for text, row in zip(texts, rows)]
-    return {f"summary/{key}": mean(part[key] for part in parts) for key in parts[0]}
+    return [{"prompt": prompt, "completion": toy_review(rng, weights=(6, 3, 1))}
+            for prompt in rng.choices(toy_prompts(), k=count)]
 
 
 # ------------------------------------------------------------------------- data and evaluation
@@ -320,7 +267,7 @@ def evaluate(model, tokenizer, rows, args):
     responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed)
     texts = [tokenizer.decode(response) for response in responses]
     if not args.data:
-        metrics |= toy_metrics(rows, texts)
+        metrics["samples/true_reward"] = mean(map(toy_reward, texts))
     return metrics, texts
 
 
@@ -345,7 +292,7 @@ def train(args):
     if args.data:
         rows = read_jsonl(args.data)
     else:
-        rows = toy_rows(args.task, args.examples, args.seed)
+        rows = toy_rows(args.examples, args.seed)
     rows, held_out, _ = split_by_prompt(encode_demonstrations(tokenizer, rows, args), 200)
     examples = [row["example"] for row in rows]
     tokenizer.show(*examples[0])
@@ -389,18 +336,16 @@ def train(args):
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=row["loss"])
 
-    # 8. Save, then compare with the model before training and with simple summaries.
+    # 8. Save, then compare with the model before training, and with the demonstrations.
     save_model(model, tokenizer, args.out)
     after, new_texts = evaluate(model, tokenizer, held_out, args)
-    columns = {}
-    if args.task == "summarization" and not args.data:  # baselines: the first k sentences
-        for k in (1, 3):
-            leads = [".".join(row["prompt"].split(".")[:k]) for row in held_out]
-            columns[f"lead-{k}"] = toy_metrics(held_out, leads)
+    columns = {"before": before, "after": after}
+    if not args.data:
+        shown = mean(toy_reward(row["completion"]) for row in held_out)
+        columns = {"demonstrations": {"samples/true_reward": shown}} | columns
     samples = [{"prompt": row["prompt"], "before": old, "after": new}
                for row, old, new in zip(held_out, old_texts, new_texts)]
-    report(args.out, columns | {"before": before, "after": after}, samples,
-           panels=[["loss"], ["grad_norm"], ["lr"]])
+    report(args.out, columns, samples, panels=[["loss"], ["grad_norm"], ["lr"]])
     return after
 
 
@@ -412,7 +357,6 @@ def parse_args(argv=None):
     flag("--data", help='JSON Lines file of {"prompt", "completion"} or {"messages"}; None: toy')
     flag("--out", default="runs/sft", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--task", default="summarization", choices=["summarization", "sentiment"], help="toy")
     flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
     flag("--epochs", type=int, default=1, help="passes over the demonstrations")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")

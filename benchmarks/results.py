@@ -41,7 +41,6 @@ ALL = ("all",)  # a benchmark that knows its own seeds
 # and FOLDER that of its own.
 RUNS = {
     "sft": ("sft.py", FIVE, 35),
-    "sft_sentiment": ("sft.py --task sentiment", THREE, 30),
     "sft_bad": ("sft.py --lr 0.1", ONE, 35),
     "reward_model": ("reward_model.py", FIVE, 90),
     "best_of_k": ("reward_model.py --loss best_of_k", THREE, 90),
@@ -57,8 +56,8 @@ RUNS = {
                   90),
     "online_ppo": ("ppo_rlhf.py --model RUNS/ppo_learned/0 --reference tiny "
                    "--reward_model RUNS/online_rm/0", ONE, 110),
-    "pipeline_rm": ("reward_model.py --model RUNS/sft_sentiment/0", ONE, 90),
-    "pipeline_ppo": ("ppo_rlhf.py --model RUNS/sft_sentiment/0 --reward_model RUNS/pipeline_rm/0",
+    "pipeline_rm": ("reward_model.py --model RUNS/sft/0", ONE, 90),
+    "pipeline_ppo": ("ppo_rlhf.py --model RUNS/sft/0 --reward_model RUNS/pipeline_rm/0",
                      ONE, 110),
     "reward_hacking": ("benchmarks/reward_hacking.py", ALL, 600),
     "dpo": ("dpo.py", FIVE, 65),
@@ -289,9 +288,8 @@ OF_J = ("samples/true_reward", "kl/policy_reference", "J/policy", "J/share_of_th
 OF_SUMMARIES = ("samples/quality", "samples/recall", "samples/made_up", "samples/tokens",
                 "samples/grammatical", "kl/policy_reference")
 TABLES = {
-    "sft": (("loss", "summary/recall", "summary/made_up", "summary/quality"), 3,
-            [("sft", "lead-1", "the post's first sentence"),
-             ("sft", "lead-3", "its first three sentences"), "sft"]),
+    "sft": (("loss", "samples/true_reward"), 3,
+            [("sft", "demonstrations", "the demonstrations"), "sft"]),
     "reward_model": (("pairs/accuracy", "pairs/ceiling", "calibration/error"), 3,
                      ["reward_model", "best_of_k"]),
     "ppo": (OF_J, 2, ["ppo", "best_of_4", "best_of_16", "raft"]),
@@ -316,7 +314,7 @@ TABLES = {
                       for column, label in (("1", "draft → 1 correction"), ("2", "2 corrections"),
                                             ("3", "3 corrections"))]),
 }
-SUMMARY = [("sft", "summary/quality"), ("sft_sentiment", "review/true_reward"),
+SUMMARY = [("sft", "samples/true_reward"),
            ("reward_model", "pairs/accuracy"), ("reward_model", "pairs/ceiling"),
            ("ppo", "samples/true_reward"), ("ppo", "J/share_of_the_way"),
            ("ppo", "samples/grammatical"), ("dpo", "samples/true_reward"),
@@ -327,9 +325,8 @@ SUMMARY = [("sft", "summary/quality"), ("sft_sentiment", "review/true_reward"),
            ("rrhf", "samples/quality"), ("pro", "samples/quality"), ("coh", "followed/all"),
            ("tiny", "")]
 BAD = [  # a run, the default run, the column to compare, numbers, and why it is so
-    ("sft_bad", "sft", "after", ("loss", "summary/quality", "summary/made_up"),
-     "The learning rate is a hundred times too high. The model learns what all summaries share, "
-     "and nothing of the post."),
+    ("sft_bad", "sft", "after", ("loss", "samples/true_reward"),
+     "The learning rate is a hundred times too high."),
     ("reward_model_bad", "reward_model", "after", ("pairs/accuracy", "calibration/error"),
      "It sees 128 rankings thirty times. It knows them by heart, and is too sure where it errs."),
     ("dpo_bad", "dpo", "after", ("samples/true_reward", "samples/grammatical", "samples/tokens",

@@ -669,7 +669,7 @@ RUNS = {
     "dpo": (dpo, {}), "kto": (kto, {}), "simpo": (simpo, {}), "rankings": (rankings, {}),
     "reward_model": (reward_model, {}), "ppo": (ppo_rlhf, {}), "raft": (raft, {}),
     "hir": (hir, HALF), "chain": (chain_of_hindsight, HALF), "self_correct": (self_correct, HALF),
-    "sft": (sft, {}), "reviews": (sft, {"task": "sentiment"}),
+    "sft": (sft, {}),
     "own pairs": (dpo, {"data": "pairs.jsonl"}),
     "own texts": (sft, {"data": "demonstrations.jsonl"}),
     "own rankings": (reward_model, {"data": "rankings.jsonl"}),

@@ -2,7 +2,7 @@
 
     python -m tiny.make                 # writes runs/tiny, in a few minutes on two CPU cores
 
-It learns the two toy tasks of sft.py from scratch: reviews of films and summaries of posts. The
+It learns two toy tasks from scratch: the reviews of sft.py and the summaries of simpo.py. The
 moods of the reviews are balanced, and half of the summaries come from a careless reader, who leaves
 facts out or makes them up. So the other scripts have something to improve.
 
@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import GPT2Config
 
 from model import TINY, fail, load_model, save_model
-from sft import (FACTS, collate, schedule, sft_loss, toy_post, toy_prompts, toy_review,
-                 toy_summary)
+from sft import collate, schedule, sft_loss, toy_prompts, toy_review
+from simpo import FACTS, toy_post
 
 END = "<|endoftext|>"
 PEAK_LR = 3e-3
@@ -64,6 +64,14 @@ def token_logps(model, sequences):
         use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
     return Gather.apply(hidden, model.get_output_embeddings().weight, targets)
+
+
+def toy_summary(facts):
+    """The summary that states exactly these facts."""
+    what = f"a {facts['what']}" if "what" in facts else "something"
+    where = f" in {facts['where']}" if "where" in facts else ""
+    when = f" on {facts['when']}" if "when" in facts else ""
+    return f" {facts.get('who', 'Somebody')} lost {what}{where}{when}."
 
 
 def misread(rng, facts):
