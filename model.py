@@ -34,6 +34,8 @@ PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 �
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+if hasattr(sys.stdout, "reconfigure"):  # a console without a character shows "?" for it
+    sys.stdout.reconfigure(errors="replace")
 
 
 def fail(message):

@@ -203,6 +203,12 @@ def own(tmp_path_factory):
     return root
 
 
+def test_a_console_of_another_encoding():
+    code = ("import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.buffer, 'ascii'); "
+            "import model; print('na\\xefve')")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 IMPROVES = [
     ("sft", "--examples 480 --lr 2e-3 --max_new_tokens 24", "samples/true_reward", 0.5, 0.5),
     ("reward_model", "--data {own}/pairs --steps 16 --batch_size 8", "pairs/accuracy", 0.05, 0.98),
