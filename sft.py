@@ -341,8 +341,8 @@ def train(args):
     after, new_texts = evaluate(model, tokenizer, held_out, args)
     columns = {"before": before, "after": after}
     if not args.data:
-        shown = mean(toy_reward(row["completion"]) for row in held_out)
-        columns = {"demonstrations": {"samples/true_reward": shown}} | columns
+        demonstrated = mean(toy_reward(row["completion"]) for row in held_out)
+        columns = {"demonstrations": {"samples/true_reward": demonstrated}} | columns
     samples = [{"prompt": row["prompt"], "before": old, "after": new}
                for row, old, new in zip(held_out, old_texts, new_texts)]
     report(args.out, columns, samples, panels=[["loss"], ["grad_norm"], ["lr"]])
