@@ -6,9 +6,10 @@ It learns two toy tasks from scratch: the reviews of sft.py and the summaries of
 moods of the reviews are balanced, and half of the summaries come from a careless reader, who leaves
 facts out or makes them up. So the other scripts have something to improve.
 
-On one machine the same file comes out each time, bit for bit. The loss is that of sft.py, but it
-rounds differently: its batches have an attention mask, and its gradient is summed in another order.
-The model in tiny/ was made in this way, so please leave both as they are.
+On one machine the same file comes out each time, bit for bit; another processor rounds differently
+and ends with other weights. The loss is that of sft.py, but it rounds differently: its batches have
+an attention mask, and its gradient is summed in another order. The model in tiny/ was made in this
+way, so please leave both as they are.
 """
 
 import argparse
