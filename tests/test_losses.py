@@ -44,9 +44,6 @@ def pair(h):
     return [v(x, grad=True) for x in (-10.0 + h, -12.0, -10.0, -12.0)]
 
 
-# ----------------------------------------------------------------------------------------- SFT
-
-
 @pytest.mark.parametrize("normalizer, expected", [(None, 1.25), (2, 2.5)])
 def test_sft_token_mean(normalizer, expected):
     """Lengths 1 and 3, NLL (2), (1, 1, 1): 5 / 4, not the mean of means 1.5. Each response token
@@ -57,9 +54,6 @@ def test_sft_token_mean(normalizer, expected):
     loss.backward()
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     assert torch.allclose(logps.grad, -mask / (normalizer or 4), atol=1e-7)
-
-
-# --------------------------------------------------------------------------- DPO and relatives
 
 
 @pytest.mark.parametrize("h, beta, e, expected", [
@@ -174,9 +168,6 @@ def test_pair_losses_gradients_and_shapes(name):
     assert whole.shape == (4,) and torch.allclose(whole, torch.cat(each))
 
 
-# -------------------------------------------------------------------------------- RRHF and PRO
-
-
 def test_rrhf_value():
     """Means (-1, -.5), the first better: .5; the SFT term is the best one's whole sum."""
     y, n, mask = row(-4, -1), row(4, 2), torch.ones(1, 2, dtype=torch.bool)
@@ -213,9 +204,6 @@ def test_ranked_losses_ignore_order_and_padding(name):
         again = loss(padded, more(n, 0), more(s, 9.0), more(ALL, False))
         again.sum().backward()
         assert torch.allclose(again, plain) and (padded.grad[:, 3:] == 0).all()
-
-
-# ------------------------------------------------------------------------------- reward models
 
 
 @pytest.mark.parametrize("rewards, ranks, expected", [
@@ -273,9 +261,6 @@ def test_calibration_error():
     margins = torch.where(torch.rand(20000) < margins.sigmoid(), margins, -margins)
     assert calibration_error(margins) < 0.01 and calibration_error(2 * margins) > 0.05
     assert calibration_error(torch.tensor([0.0, math.log(3)])) == pytest.approx(1 / 8)
-
-
-# ----------------------------------------------------------------------------------------- PPO
 
 
 def lengths_mask(generator, B=6, T=9):
@@ -393,7 +378,7 @@ def test_adaptive_controller(kl, expected):
 
 def test_kl_estimates():
     """Nats a response: a sum over its tokens, a mean over responses, nothing from behind their
-    ends. (test_errata.py compares both with the KL itself.)"""
+    ends. (docs/test_errata.py compares both with the KL itself.)"""
     logps, rho = torch.full((2, 4), -1.0), torch.full((2, 4), -1.5)
     logps[1, 2:] = math.nan
     k1, k3 = kl_estimates(logps, rho, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
@@ -412,9 +397,6 @@ def test_best_of_n_against_enumeration():
     pool = torch.rand(1, 2000, dtype=torch.float64)
     ratio = best_of_n_log_ratio(pool, pool, 4)
     assert (ratio.exp() * ratio).mean().item() == pytest.approx(math.log(4) - 3 / 4, abs=2e-3)
-
-
-# ----------------------------------------------------------------------------------- hindsight
 
 
 def test_hir_of_uniform_logits():
@@ -476,9 +458,6 @@ def test_relabeling_is_idempotent_and_keeps_what_was_followed():
             assert relabel(obeyed, done) == obeyed
             assert obeyed == ({key: done[key] for key in wanted} if done else {})
     assert relabel({"answer": "correct"}, {"answer": "wrong"}) == {"answer": "wrong"}
-
-
-# ----------------------------------------------------------------------------- self-correction
 
 
 @pytest.mark.parametrize("alpha, beta, expected", [

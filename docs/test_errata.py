@@ -2,7 +2,7 @@
 
 All are slips of sign, factor or order in tables, lectures and code that are well worth reading, and
 some have been corrected since. Every test computes both sides, so that a number decides. The bandit
-is in conftest.py; docs/errata.md tells where each slip was printed.
+is in tests/conftest.py; docs/errata.md tells where each slip was printed.
 """
 
 import math
