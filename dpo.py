@@ -31,8 +31,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The first four inputs of each loss, all (B,): log-probs of whole responses, summed over their
@@ -187,7 +187,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         mask = (ids >= 0).long()  # (B, T)
         ids = ids.clamp(min=0)
         cache = None
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
             new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
@@ -220,11 +220,21 @@ POSITIVE = "amazing brilliant charming delightful funny gripping moving superb w
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
+# Words that the true reward counts, too: models that have read more than reviews use them.
+PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
+                     "fantastic fascinating fun good great happy impressed impressive incredible "
+                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
+                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
+                    "stupid tired ugly waste weird worse worst wrong").split()
 
 
-def toy_prompts():
-    """300 openings of reviews, such as "I saw the film yesterday."."""
-    return [f"{who} {saw} the {show} {when}."
+def toy_prompts(small=True):
+    """300 openings of reviews, such as "I saw the film yesterday.".
+
+    A model that is not small would tell any story, so it is asked for its opinion.
+    """
+    return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
             for saw in ("saw", "watched")
             for show in ("film", "movie", "musical", "opera", "play", "series")
@@ -233,8 +243,8 @@ def toy_prompts():
 
 def toy_reward(review):
     """The true reward: the number of positive words minus the number of negative words."""
-    words = re.findall(r"\w+", review)
-    return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
+    words = re.findall(r"\w+", review.lower())
+    return float(sum((word in PRAISE) - (word in BLAME) for word in words))
 
 
 def toy_grammatical(review):
@@ -250,14 +260,17 @@ def toy_pairs(model, tokenizer, count, seed):
     The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model.
     """
     rng = random.Random(seed)
-    prompts = rng.choices(toy_prompts(), k=count)
+    prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 256))
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(2)]
-    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed)]
+    texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
     for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
+        if not model.small and toy_reward(a) == toy_reward(b):
+            continue
         if rng.random() > 1 / (1 + math.exp(toy_reward(b) - toy_reward(a))):
             a, b = b, a
         rows.append({"prompt": prompt, "chosen": a, "rejected": b})
+    say(f"{len(prompts)} pairs of samples; {len(prompts) - len(rows)} ties are left out")
     return rows
 
 
@@ -267,16 +280,20 @@ def toy_pairs(model, tokenizer, count, seed):
 def encode_pairs(tokenizer, rows, args):
     """The usable rows, each with a new key "pair": [(prompt ids, chosen ids), (..., rejected)]."""
     usable = []
+    no_room, cut = 0, 0
     for row in rows:
-        pair = [tokenizer.encode_example(get_text(row, "prompt"), get_text(row, side),
-                                         args.max_length, room=args.max_new_tokens)
+        pair = [tokenizer.encode_example(row["prompt"], row[side], args.max_length,
+                                         room=args.max_new_tokens)
                 for side in ("chosen", "rejected")]
-        if None not in pair and pair[0] != pair[1]:  # equal responses would teach nothing
+        if None in pair:
+            no_room += 1
+        elif pair[0] != pair[1]:  # equal responses would teach nothing
             usable.append(dict(row, pair=pair))
-    cut = sum(response[-1] != tokenizer.eos_id for row in usable for _, response in row["pair"])
-    print(f"{len(usable)} pairs, {cut} responses cut at --max_length; left out: "
-          f"{len(rows) - len(usable)} pairs with equal responses or no room for --max_new_tokens")
-    return usable or fail("no pair is left; see --max_length and --max_new_tokens")
+            cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
+    kept = (f"{len(usable)} of {len(rows)} pairs are left: {no_room} have no room for "
+            "--max_new_tokens within --max_length, the others equal responses")
+    say(f"{kept}; {cut} responses are cut at --max_length")
+    return usable or fail(kept)
 
 
 def yardstick(rewards, policy, reference, beta):
@@ -310,7 +327,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
 
     # n samples of both models for each of P prompts.
     P = len(prompts)
-    n = args.samples
+    n = args.samples or (128 if policy.small else 8)
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
     answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed)
                for model in (reference, policy)]
@@ -319,7 +336,10 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
         column["samples/tokens"] = sum(map(len, responses)) / len(responses)
         if not args.data:
             column["samples/true_reward"] = sum(map(toy_reward, side)) / len(side)
-            column["samples/grammatical"] = sum(map(toy_grammatical, side)) / len(side)
+            if policy.small:
+                column["samples/grammatical"] = sum(map(toy_grammatical, side)) / len(side)
+            else:
+                column["samples/different_words"] = len(set(" ".join(side).split()))
 
     # Their log-probs under both models: prompt by prompt, the reference's samples first.
     groups = [[(asked[i], responses[i])] for p in range(P) for responses in answers
@@ -336,9 +356,9 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def schedule(step, steps):
-    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
-    warmup = max(1, steps // 10)
+def schedule(step, steps, warmup=0.1):
+    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
@@ -348,11 +368,11 @@ def train(args):
 
     # 1. The policy. Before its first step it is also the reference.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (5e-4 if model.num_parameters() < 1e7 else 1e-6)
+    peak_lr = args.lr or (5e-4 if model.small else 1e-5)
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
-        rows = read_jsonl(args.data)
+        rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
         rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
     rows, held_out, prompts = split_by_prompt(encode_pairs(tokenizer, rows, args))
@@ -449,7 +469,7 @@ def parse_args(argv=None):
          help="price of a nat of KL from the reference, and IPO's tau; 0.1 is usual with --data")
     flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")
     flag("--alpha", type=float, default=0.05, help="rdpo: price of a token of response length")
-    flag("--lr", type=float, help="peak learning rate; None: 5e-4 below 10M parameters, else 1e-6")
+    flag("--lr", type=float, help="peak learning rate; None: 5e-4 below 10M parameters, else 1e-5")
     flag("--epochs", type=int, default=1, help="passes over the pairs")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
     flag("--batch_size", type=int, default=32, help="pairs in an update")
@@ -458,8 +478,9 @@ def parse_args(argv=None):
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--pairs", type=int, default=4352, help="toy: pairs to sample and to learn from")
-    flag("--samples", type=int, default=128, help="evaluation: samples for each of 8 prompts")
+    flag("--pairs", type=int, help="toy: pairs to sample; None: 4352 below 10M parameters, or 256")
+    flag("--samples", type=int,
+         help="evaluation: samples for each of 8 prompts; None: 128 below 10M parameters, else 8")
     flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
     flag("--seed", type=int, default=0, help="the same seed gives the same result")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -467,11 +488,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
 
 # ------------------------------------------------------------------------- hindsight, and the loss
 # An instruction is a dictionary {requirement: value}, such as {"length": "short", "mood": "kind"}.
@@ -178,7 +178,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         mask = (ids >= 0).long()  # (B, T)
         ids = ids.clamp(min=0)
         cache = None
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
             new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
@@ -253,7 +253,7 @@ def toy_done(review):
 
 def toy_warm_up(model, tokenizer, args):
     """A little SFT: teaches tiny to answer any instruction with a review, whatever it asks for."""
-    print(f"warm-up: {args.warm_up} steps of SFT on reviews under random instructions")
+    say(f"warm-up: {args.warm_up} steps of SFT on reviews under random instructions")
     rng = random.Random(f"{args.seed} warm-up")
     asked = toy_instructions(args.requirements, held_out=False)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -303,15 +303,15 @@ def read_tasks(tokenizer, args, room):
     room: the most tokens that a prompt may have.
     """
     if args.data:
-        problems = [{key: get_text(row, key) for key in ("prompt", "answer")}
-                    for row in read_jsonl(args.data)]
+        rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
+        problems = [{key: row[key] for key in ("prompt", "answer")} for row in rows]
         asked, new = [{"answer": "correct"}], [{"answer": "wrong"}]
     else:
         problems = [{"prompt": ""}]  # the instruction is the whole problem
         asked, new = (toy_instructions(args.requirements, held_out) for held_out in (False, True))
     usable = [problem for problem in problems if room >= max(
         len(tokenizer.encode_prompt(ask(problem, instruction))) for instruction in asked + new)]
-    print(f"{len(usable)} problems; left out: {len(problems) - len(usable)} that leave no room for "
+    say(f"{len(usable)} problems; left out: {len(problems) - len(usable)} that leave no room for "
           "--max_new_tokens")
     if not usable:
         fail("no problem is left; use a lower --max_new_tokens")
@@ -357,9 +357,9 @@ def evaluate(model, tokenizer, groups, args, feedback=""):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def schedule(step, steps):
-    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
-    warmup = max(1, steps // 10)
+def schedule(step, steps, warmup=0.1):
+    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
@@ -371,7 +371,7 @@ def train(args):
 
     # 1. The model, and the tasks. The toy begins with a warm-up.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    lr = args.lr or (4e-3 if model.num_parameters() < 1e7 else 1e-5)
+    lr = args.lr or (4e-3 if model.small else 1e-5)
     room = tokenizer.context - args.max_new_tokens
     tasks, groups = read_tasks(tokenizer, args, room)
     run = fingerprint(args, tasks)
@@ -434,14 +434,15 @@ def train(args):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step > start and step % args.save_every == 0:
             save_state(args.out, model, optimizer, run=run, step=step, online=online)
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
+        # With a shorter warm-up some seeds never learn to read the topic.
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, warmup=0.25)
         optimizer.step()
         optimizer.zero_grad()
 
         # 7. What to watch. contrast/accuracy: how often is an output most likely under the
         # instruction that it obeys? Ties count as wrong.
         names = "loss", "entropy", "logps/obeyed", "contrast/accuracy"
-        row = {"step": step + 1, "lr": lr * schedule(step, steps), "grad_norm": norm}
+        row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
         row |= dict(zip(names, seen.mean(1).tolist()))
         row["online/followed"] = fmean(example[1] == example[2] for example in online[-count:])
         row["online/used"] = len(examples) / len(online)
@@ -494,11 +495,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 import tiktoken
 import torch
 import transformers
+from safetensors import SafetensorError
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -38,10 +39,18 @@ if hasattr(sys.stdout, "reconfigure"):  # a console without a character shows "?
     sys.stdout.reconfigure(errors="replace")
 
 
-def fail(message):
+def fail(*messages):
     """End the program because of bad input: one line on stderr, exit code 2, no traceback."""
-    print("error:", printable(" ".join(str(message).split())), file=sys.stderr)
+    print("error:", printable(" ".join("; ".join(messages).split())), file=sys.stderr)
     raise SystemExit(2)
+
+
+def say(*texts):
+    """Print; if nobody reads it any more (as with "| head"), go on in silence."""
+    try:
+        print(*texts, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text):
@@ -55,53 +64,108 @@ def printable(text):
 class Tokenizer:
     """A transformers tokenizer; where the vocabulary is GPT-2's kind, tiktoken does the encoding.
 
-    Text is text: a user's "<|endoftext|>" never becomes the control token. (A chat template writes
-    control tokens, so in chat messages it may.)
+    A prompt is a text, or a list of chat messages that the model's chat template renders. Text is
+    text: "<|endoftext|>" in it never becomes the control token. In a message it may.
     """
 
     def __init__(self, folder):
         self.transformers = transformers.AutoTokenizer.from_pretrained(folder)
-        self.bos_id = self.transformers.bos_token_id
-        self.eos_id = self.transformers.eos_token_id
-        self.stop_ids = {self.eos_id}  # each of them ends a response; load_model adds the model's
-        self.context = 1024  # positions of the model; load_model sets it
         self.tiktoken = gpt2_encoding(self.transformers)
+        self.eos_id = self.transformers.eos_token_id
+        bos = self.transformers.bos_token_id  # which not every tokenizer puts before a text
+        self.bos_id = bos if self.transformers.encode("a")[:1] == [bos] else None
+        self.stop_ids = {self.eos_id} | self.end_of_turn()  # load_model adds the model's own
+        self.context = 1024  # positions of the model, and
+        self.size = 10**9  # rows of its embedding; load_model sets both
+        self.notes = set()  # warnings that have been printed
 
-    def encode(self, text):
-        """Token ids of a text, without any control token."""
-        if self.tiktoken:
+    def end_of_turn(self):
+        """The control token that the chat template writes behind a reply: a set of one, or none."""
+        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Reply"}]
+        try:
+            text = self.transformers.apply_chat_template(chat, tokenize=False)
+        except Exception:  # there is no template, or it wants other messages
+            return set()
+        ids = self.encode(text.rpartition("Reply")[2], control=True)
+        return set([i for i in ids if i in self.transformers.added_tokens_decoder][:1])
+
+    def encode(self, text, control=False):
+        """Token ids of a text. With `control`, the control tokens that are spelled in it are so."""
+        if self.tiktoken and not control:
             return self.tiktoken.encode_ordinary(text)
-        return self.transformers.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self.transformers.encode(text, add_special_tokens=False,
+                                        split_special_tokens=not control)
 
-    def encode_prompt(self, prompt):
-        """Token ids of a prompt: a text after one BOS (if there is one), or chat messages."""
+    def render(self, prompt, response=None):
+        """The text of a prompt up to where its response begins, or with the response."""
         if isinstance(prompt, str):
-            return [self.bos_id] * (self.bos_id is not None) + self.encode(prompt)
-        try:  # the template itself writes BOS where the model wants one
-            return self.transformers.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # there is no template, or it refuses a role, for example
-            fail(f"the model's chat template cannot render the prompt {prompt} ({error})")
+            return prompt + (response or "")
+        if not self.transformers.chat_template:
+            fail("the data has chat messages, and this model has no chat template; give texts, or "
+                 "an instruct model")
+        begun = prompt[-1]["role"] == "assistant"  # the prompt has the beginning of the reply
+        how = {"add_generation_prompt": not begun, "continue_final_message": begun}
+        if response is not None:
+            reply = begun * prompt[-1]["content"] + response
+            prompt = prompt[:len(prompt) - begun] + [{"role": "assistant", "content": reply}]
+            how = {}
+        try:
+            return self.transformers.apply_chat_template(prompt, tokenize=False, **how)
+        except Exception as error:  # templates refuse a role or an order, for example
+            fail(f"the model's chat template cannot render {json.dumps(prompt)[:200]} ({error})")
+
+    def encode_prompt(self, prompt, response=None):
+        """Token ids of a prompt up to where its response begins, or with the response."""
+        chat = not isinstance(prompt, str)
+        bos = [] if chat or self.bos_id is None else [self.bos_id]  # a template writes its own
+        ids = bos + self.encode(self.render(prompt, response), control=chat)
+        if max(ids, default=0) >= self.size:
+            fail(f"the model has no embedding for {self.transformers.decode([max(ids)])!r}, which "
+                 "its tokenizer knows; take the tokenizer that belongs to the model")
+        return ids
 
     def encode_example(self, prompt, response, max_length, room=1):
-        """(prompt ids, response ids with EOS), or None if the prompt leaves less room than `room`.
+        """(prompt ids, response ids), or None if the prompt leaves less room than `room`.
 
-        The two are encoded apart, so that no token straddles the border. A response that is too
-        long is cut, and then has no EOS, since it did not end there.
+        A response ends with EOS, or with the token that the chat template writes behind a reply.
+        One that is too long is cut, and has no such end. Prompt and response are encoded as one
+        text, unless a token would straddle the border.
         """
-        prompt, response = self.encode_prompt(prompt), self.encode(response) + [self.eos_id]
-        left = min(max_length, self.context) - len(prompt)
-        return (prompt, response[:left]) if prompt and left >= room else None
+        ids, both = self.encode_prompt(prompt), self.encode_prompt(prompt, response)
+        start, whole = self.render(prompt), self.render(prompt, response)
+        if not whole.startswith(start):
+            fail("with a reply, the chat template writes another text in front of it than without, "
+                 f"so the reply has no beginning; give texts. Without: {start[-200:]!r}")
+        rest = both[len(ids):]
+        if both[:len(ids)] != ids:
+            rest = self.encode(whole[len(start):], control=not isinstance(prompt, str))
+        rest = rest + [self.eos_id]
+        end = next(i for i, token in enumerate(rest) if token in self.stop_ids)
+        left = min(max_length, self.context) - len(ids)
+        return (ids, rest[:end + 1][:left]) if ids and left >= room else None
 
-    def decode(self, ids):
-        """The text of token ids; control tokens such as EOS are left out."""
-        return self.transformers.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids, whole=False):
+        """The text of a response; control tokens, such as the EOS at its end, are left out.
+
+        whole: of a response that was cut before its end, only whole sentences are left.
+        """
+        ended = ids and ids[-1] in self.stop_ids
+        ids = ids[:-1] if ended else ids
+        # SentencePiece drops a space at the very beginning, so another letter stands there.
+        text = self.transformers.decode([*self.encode("a"), *ids], skip_special_tokens=True,
+                                        clean_up_tokenization_spaces=False)[1:]
+        return text[:text.rfind(".") + 1] if whole and not ended else text
 
     def show(self, prompt, response):
         """Print an example: its prompt, and the tokens of its response, which are trained on."""
-        print("prompt    :", repr(self.transformers.decode(prompt)))
-        print("trained on:", [self.transformers.decode([i]) for i in response])
+        say("prompt    :", repr(self.transformers.decode(prompt)))
+        say("trained on:", [self.transformers.decode([i]) for i in response])
+
+    def note(self, text, where=""):
+        """Print a warning, once."""
+        if text not in self.notes:
+            print("warning:", printable(where + text), file=sys.stderr)
+            self.notes.add(text)
 
 
 def gpt2_encoding(tokenizer):
@@ -136,6 +200,9 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
     try:
         tokenizer = Tokenizer(folder)
         config = AutoConfig.from_pretrained(folder)
+        if type(config) not in auto._model_mapping:
+            fail(f"{name}: transformers has no {auto.__name__[4:]} for a {config.model_type}, so "
+                 "this script cannot use it; take a decoder-only language model of another kind")
         if head == "reward":
             config.num_labels, config.pad_token_id = 1, tokenizer.eos_id
         if getattr(config, "activation_function", None) == "gelu_new":
@@ -146,22 +213,28 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
             print(f"warning: {name} holds no weights, so they are random", file=sys.stderr)
             model, missing = auto.from_config(config, dtype=torch.float32), []
         else:
-            model, info = auto.from_pretrained(folder, config=config, dtype=torch.float32,
-                                               use_safetensors=True, output_loading_info=True)
+            model, info = auto.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True)
             missing = sorted(info["missing_keys"])
+            for weight, saved, expected in sorted(info["mismatched_keys"]):
+                fail(f"{name}: {weight} is {tuple(saved)} in its weights, and by its config.json "
+                     f"{tuple(expected)}")
         # eval: dropout would make two passes of one model differ, and so the ratios of its outputs.
         model = model.eval().to(device)
     except Exception as error:  # transformers raises whatever it stumbles over
-        fail(f"{name}: cannot load this model; give a folder, or a hub id that can be reached "
-             f"({type(error).__name__}: {str(error)[:300]})")
+        fail(f"{name}: cannot load this model; give a folder with all its files, or a hub id that "
+             f"can be reached ({type(error).__name__}: {str(error)[:300]})")
     check_model(model, tokenizer, name, missing)
     if missing:  # a new reward head, as in Stiennon et al. 2020
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if lora_rank:
-        add_lora(model, lora_rank)
+        add_lora(model, lora_rank, name)
+    tokenizer.size = model.get_input_embeddings().num_embeddings
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     tokenizer.context = positions or tokenizer.context
     model.bf16 = model.device.type == "cuda"  # arithmetic in bf16, weights in fp32
+    model.small = model.num_parameters() < 1e7  # tiny, or made from it: it knows only the toys
     generation = getattr(model, "generation_config", None)  # reward models have none
     stops = getattr(generation, "eos_token_id", None)  # None, one id, or a list
     tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops]) - {None}
@@ -185,7 +258,9 @@ def check_model(model, tokenizer, name, missing):
     if not hasattr(model, "score"):
         head, ids = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
         head.weight.mul_(1024)  # large logits, so that soft-capping shows
-        hidden = model.base_model(input_ids=ids).last_hidden_state  # (1, 8, D)
+        hidden = model.base_model(input_ids=ids).get("last_hidden_state")  # (1, 8, D)
+        if hidden is None:
+            fail(f"{name}: the scripts do not find the hidden states of {type(model).__name__}")
         logits, product = model(input_ids=ids).logits, hidden @ head.weight.T  # (1, 8, V)
         head.weight.div_(1024)  # exact, as 1024 is a power of two
         if not torch.allclose(logits, product, atol=1e-3 * float(product.std())):
@@ -208,7 +283,10 @@ def save_model(model, tokenizer, folder):
     replace_layers(model, LoRA, merged)
     new = Path(folder) / "model.new"
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
+    try:
+        model.save_pretrained(new)
+    except SafetensorError as error:  # the disk is full
+        raise OSError(error)
     tokenizer.transformers.save_pretrained(new)
     for path in sorted(new.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         os.replace(path, Path(folder) / path.name)
@@ -232,10 +310,20 @@ class LoRA(nn.Module):
         return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
 
 
-def add_lora(model, rank):
+def add_lora(model, rank, name):
     """Freeze the model and put an adapter beside every linear layer of its blocks, in place."""
     model.requires_grad_(False)
+    embedding = model.get_input_embeddings().weight
+    total = sum(p.numel() for p in model.base_model.parameters()) - embedding.numel()
     replace_layers(model.base_model, (nn.Linear, Conv1D), lambda layer: LoRA(layer, rank))
+    adapted = sum(module.base.weight.numel() for module in model.modules()
+                  if isinstance(module, LoRA))
+    say(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    except AttributeError as error:  # Mamba, for example, reads a layer's weight by itself
+        fail(f"{name}: --lora_rank does not fit a {model.config.model_type}, which uses its layers "
+             f"in an unusual way ({error}); leave it out")
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
 
@@ -263,10 +351,13 @@ def read_jsonl(path):
     """The objects of a JSON Lines file. Each gets a key "where": file and line, for messages."""
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read ({error}); give a UTF-8 file of JSON lines")
-    for number, line in enumerate(lines, 1):
+    if text.lstrip().startswith("["):
+        fail(f"{path}: this is one JSON array; write each row as an object on a line of its own, "
+             "for example with jq -c '.[]'")
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(dict(json.loads(line), where=f"{path}:{number}"))
@@ -275,16 +366,77 @@ def read_jsonl(path):
     return rows or fail(f"{path}: no rows in this file")
 
 
+OTHER_FORMATS = {  # what rows of other tools have, and what to do with it
+    "instruction": 'rename "instruction" to "prompt" and "output" to "completion"',
+    "conversations": 'rename "conversations" to "messages", "from" to "role" (user or assistant) '
+                     'and "value" to "content"',
+    "messages": 'only sft.py reads "messages"; elsewhere those before the reply are the "prompt"',
+    "text": 'split each "text" into a prompt and a response'}
+
+
 def get_text(row, key):
-    """row[key]: a text, or for a prompt a list of chat messages. Ends with one line otherwise."""
-    value = row.get(key)
-    if key == "prompt" and isinstance(value, list):
-        return value
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")  # the response is given as a chat message
-    if not isinstance(value, str):
-        fail(f'{row["where"]}: "{key}" is missing or not a text; this row has {list(row)[:-1]}')
-    return value
+    """row[key], which has to be a text."""
+    if isinstance(row.get(key), str):
+        return row[key]
+    if key in row:
+        fail(f'{row["where"]}: "{key}" is not a text, but {json.dumps(row[key])[:80]}')
+    remedies = [OTHER_FORMATS[name] for name in OTHER_FORMATS if name in row]
+    if "\n\nHuman:" in str(row.get("chosen")):
+        remedies = ['"chosen" is a transcript of Human and Assistant; split it behind its last '
+                    '"Assistant:", and what is before is the "prompt"']
+    fail(f'{row["where"]}: "{key}" is missing; this row has {list(row)[:-1]}', *remedies)
+
+
+def get_messages(row, key):
+    """row[key], which has to be a list of chat messages."""
+    for message in row[key]:
+        if not isinstance(message, dict) or {"role", "content"} - message.keys() or not (
+                isinstance(message["content"], str)):
+            fail(f'{row["where"]}: each message in "{key}" needs a "role" and a "content" that is '
+                 f"a text; this one is {json.dumps(message)[:80]}")
+    return row[key] or fail(f'{row["where"]}: "{key}" is an empty list')
+
+
+def read_row(row, tokenizer, *keys):
+    """The row with its "prompt" as a text or chat messages, and with a text for each of `keys`.
+
+    A response may also be a message of the assistant, or a conversation that ends with one: then
+    the messages before it are the prompt.
+    """
+    row, prompts = dict(row), []
+    for key in keys:
+        if isinstance(row.get(key), list):
+            *before, reply = get_messages(row, key)
+            if reply["role"] != "assistant":
+                fail(f'{row["where"]}: "{key}" ends with a message of the {reply["role"]}, and not '
+                     "with a reply of the assistant")
+            row[key] = reply["content"]
+            if before:
+                prompts.append(before)
+            elif isinstance(row.get("prompt"), str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        get_text(row, key)
+    if prompts:
+        if isinstance(row.get("prompt"), list):
+            prompts.append(row["prompt"])
+        if prompts.count(prompts[0]) < max(len(keys), len(prompts)):
+            fail(f'{row["where"]}: the conversations of this row differ before their last message; '
+                 "they need the same prompt")
+        row["prompt"] = prompts[0]
+    if isinstance(row.get("prompt"), list):
+        get_messages(row, "prompt")
+        return row
+    texts, where = [get_text(row, key) for key in ("prompt", *keys)], row["where"] + ": "
+    chat = bool(tokenizer.transformers.chat_template)
+    for token in tokenizer.transformers.all_special_tokens:
+        if any(token in text for text in texts):
+            tokenizer.note(f"this text spells the control token {token}, which is read as plain "
+                           "letters; give messages, and the chat template writes it", where)
+            chat = False
+    if chat:
+        tokenizer.note("the prompt is a plain text, so the chat template of this model is not "
+                       "used; give messages to use it", where)
+    return row
 
 
 def split_by_prompt(rows, count=16):
@@ -317,6 +469,9 @@ def open_folder(args):
         fail(f"--resume: no interrupted run in {folder}; start one without --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.is_symlink():  # writing would change a file elsewhere
+                fail(f"--out {args.out}: {path.name} in it is a link; give another folder")
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         (folder / "metrics.jsonl").open("a").close()  # tries to write it
         if not args.resume:
@@ -342,7 +497,10 @@ def fingerprint(args, examples):
 def save_state(folder, model, optimizer, **rest):
     """Write all that --resume needs. A kill while writing leaves the state before it intact."""
     state = dict(rest, model=model.state_dict(), optimizer=optimizer.state_dict())
-    torch.save(state, f"{folder}/state.new")
+    try:
+        torch.save(state, f"{folder}/state.new")
+    except RuntimeError as error:  # the disk is full
+        raise OSError(error)
     os.replace(f"{folder}/state.new", f"{folder}/state.pt")
 
 
@@ -362,12 +520,21 @@ def load_state(folder, model, optimizer, run):
     return state
 
 
-def stopped(folder):
-    """End the program after Ctrl-C, with exit code 130 and one line that says how to go on."""
-    saved = os.path.exists(f"{folder}/state.pt")
-    print("\nstopped;", "add --resume to go on from the last saved state" if saved
-          else "no state has been saved yet (see --save_every)", file=sys.stderr)
-    raise SystemExit(130)
+def launch(train, args):
+    """train(args). Ctrl-C (exit code 130) and a full disk (2) end it with one line."""
+    try:
+        return train(args)
+    except (KeyboardInterrupt, OSError) as error:
+        for half in ("state.new", "model.new"):
+            shutil.rmtree(f"{args.out}/{half}", ignore_errors=True)
+            Path(args.out, half).unlink(missing_ok=True)
+        remedy = "no state has been saved yet (see --save_every)"
+        if os.path.exists(f"{args.out}/state.pt"):
+            remedy = "add --resume to go on from the last saved state"
+        if isinstance(error, OSError):
+            fail(f"{args.out}: cannot be written; is the disk full? ({error})", remedy)
+        print("\nstopped;", remedy, file=sys.stderr)
+        raise SystemExit(130)
 
 
 def report(folder, columns, samples, panels):
@@ -387,19 +554,17 @@ def report(folder, columns, samples, panels):
     Path(folder, "samples.txt").write_text("\n\n".join([table, *texts]), encoding="utf-8")
     Path(folder, "results.json").write_text(json.dumps(columns, indent=2))
     Path(folder, "state.pt").unlink(missing_ok=True)  # this run is complete
-    print("", table, *texts[:4], f"All that this run has made is in {folder}", sep="\n\n")
-    if not panels:
-        return
-
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-    for axis, names in zip(axes[0], panels):
-        for name in names:
-            axis.plot([row.get(name, math.nan) for row in rows], label=name)
-        axis.set_xlabel("step")
-        axis.legend()
-    figure.savefig(f"{folder}/curves.png", bbox_inches="tight")
-    pyplot.close(figure)
+    if panels:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+        for axis, names in zip(axes[0], panels):
+            for name in names:
+                axis.plot([row.get(name, math.nan) for row in rows], label=name)
+            axis.set_xlabel("step")
+            axis.legend()
+        figure.savefig(f"{folder}/curves.png", bbox_inches="tight")
+        pyplot.close(figure)
+    say("\n\n".join(["", table, *texts[:4], f"All that this run has made is in {folder}"]))

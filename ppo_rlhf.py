@@ -36,8 +36,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, get_text, launch, load_model, load_state, open_folder,
+                   open_log, read_jsonl, read_row, report, save_model, save_state, say,
+                   split_by_prompt)
 
 # ------------------------------------------------------------------ rewards, advantages, losses
 # Tensors are (B, R): a row for each of B responses, as long as the longest of them. The mask is
@@ -231,7 +232,8 @@ def split_batch(groups, max_tokens):
 def per_token(function, model, sequences, max_tokens):
     """function(model, sequences) without gradient, part by part: (B, R)."""
     rows = [None] * len(sequences)
-    for part in split_batch([[sequence] for sequence in sequences], max_tokens):
+    parts = split_batch([[sequence] for sequence in sequences], max_tokens)
+    for part in tqdm(parts, "log-probs", leave=False, disable=None):
         for b, row in zip(part, function(model, [sequences[b] for b in part])):
             rows[b] = row
     return pad_sequence(rows, batch_first=True)
@@ -254,7 +256,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         mask = (ids >= 0).long()  # (B, T)
         ids = ids.clamp(min=0)
         cache = None
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
             new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
@@ -287,11 +289,21 @@ POSITIVE = "amazing brilliant charming delightful funny gripping moving superb w
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
+# Words that the true reward counts, too: models that have read more than reviews use them.
+PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
+                     "fantastic fascinating fun good great happy impressed impressive incredible "
+                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
+                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
+                    "stupid tired ugly waste weird worse worst wrong").split()
 
 
-def toy_prompts():
-    """300 openings of reviews, such as "I saw the film yesterday."."""
-    return [f"{who} {saw} the {show} {when}."
+def toy_prompts(small=True):
+    """300 openings of reviews, such as "I saw the film yesterday.".
+
+    A model that is not small would tell any story, so it is asked for its opinion.
+    """
+    return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
             for saw in ("saw", "watched")
             for show in ("film", "movie", "musical", "opera", "play", "series")
@@ -300,8 +312,8 @@ def toy_prompts():
 
 def toy_reward(review):
     """The true reward: the number of positive words minus the number of negative words."""
-    words = re.findall(r"\w+", review)
-    return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
+    words = re.findall(r"\w+", review.lower())
+    return float(sum((word in PRAISE) - (word in BLAME) for word in words))
 
 
 def toy_grammatical(review):
@@ -314,16 +326,16 @@ def toy_grammatical(review):
 # --------------------------------------------------------------------- data, scores, evaluation
 
 
-def load_prompts(tokenizer, args):
+def load_prompts(tokenizer, small, args):
     """(prompts to learn from, prompts held out) which leave room for --max_new_tokens."""
-    rows = [{"prompt": prompt} for prompt in toy_prompts()]
+    rows = [{"prompt": prompt} for prompt in toy_prompts(small)]
     if args.data:
         if not args.reward_model:
             fail("--data: the toy's reward does not fit your prompts; give a --reward_model")
-        rows = read_jsonl(args.data)
+        rows = [read_row(row, tokenizer) for row in read_jsonl(args.data)]
     room = tokenizer.context - args.max_new_tokens
-    usable = [row for row in rows if len(tokenizer.encode_prompt(get_text(row, "prompt"))) <= room]
-    print(f"{len(usable)} prompts; {len(rows) - len(usable)} left out, as they leave no room for "
+    usable = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"])) <= room]
+    say(f"{len(usable)} prompts; {len(rows) - len(usable)} left out, as they leave no room for "
           "--max_new_tokens")
     rows, _, held_out = split_by_prompt(usable)
     return [row["prompt"] for row in rows], held_out[:8]
@@ -377,9 +389,16 @@ def rollout(policy, reward, tokenizer, prompts, seed, args):
     means = {"scores/mean": float(scores.mean()),
              "samples/tokens": sum(map(len, responses)) / len(responses),
              "samples/without_eos": 1 - float(ended.float().mean())}
+    if means["samples/without_eos"] > 0.5:
+        tokenizer.note("more than half of the samples do not end within --max_new_tokens, and get "
+                       "--missing_eos_score whatever they say; allow more tokens, or start from a "
+                       "model that has learned to end, see sft.py")
     if not args.data:
         means["samples/true_reward"] = sum(map(toy_reward, texts)) / len(texts)
-        means["samples/grammatical"] = sum(map(toy_grammatical, texts)) / len(texts)
+        if policy.small:
+            means["samples/grammatical"] = sum(map(toy_grammatical, texts)) / len(texts)
+        else:
+            means["samples/different_words"] = len(set(" ".join(texts).split()))
     return list(zip(ids, responses)), scores, texts, means
 
 
@@ -408,7 +427,7 @@ def yardstick(rewards, policy, reference, beta):
 def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
     """Metrics of the reference and of the policy, and samples of both for held-out prompts."""
     P = len(prompts)
-    n = args.samples
+    n = args.samples or (128 if policy.small else 8)
     asked = [prompt for prompt in prompts for _ in range(n)]
     sides = [rollout(model, reward, tokenizer, asked, args.seed, args)
              for model in (reference, policy)]
@@ -428,9 +447,9 @@ def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def schedule(step, steps):
-    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
-    warmup = max(1, steps // 10)
+def schedule(step, steps, warmup=0.1):
+    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
@@ -449,7 +468,7 @@ def train(args):
     networks = nn.ModuleList([policy, value])
 
     # 2. The prompts, the reward, and texts for PPO-ptx, as responses to an empty prompt.
-    prompts, held_out = load_prompts(tokenizer, args)
+    prompts, held_out = load_prompts(tokenizer, policy.small, args)
     reward = load_reward(reference, tokenizer, prompts, args)
     ptx = []
     if args.ptx_data:
@@ -458,7 +477,7 @@ def train(args):
             ptx.append(([tokenizer.eos_id], text[:tokenizer.context - 1]))
 
     # 3. The optimizer, and the state of an interrupted run.
-    peak_lr = args.lr or (2e-4 if policy.num_parameters() < 1e7 else 1e-5)
+    peak_lr = args.lr or (2e-4 if policy.small else 1e-5)
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
     run = fingerprint(args, [prompts, ptx])
@@ -588,7 +607,8 @@ def make_parser():
     flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--samples", type=int, default=128, help="evaluation: samples for each of 8 prompts")
+    flag("--samples", type=int,
+         help="evaluation: samples for each of 8 prompts; None: 128 below 10M parameters, else 8")
     flag("--save_every", type=int, default=10, help="steps between saved states, for --resume")
     flag("--seed", type=int, default=0, help="the same seed gives the same result")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -611,11 +631,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -132,7 +132,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         mask = (ids >= 0).long()  # (B, T)
         ids = ids.clamp(min=0)
         cache = None
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
             new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
@@ -163,11 +163,21 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
 
 POSITIVE = "amazing brilliant charming delightful funny gripping moving superb wonderful".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
+# Words that the true reward counts, too: models that have read more than reviews use them.
+PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
+                     "fantastic fascinating fun good great happy impressed impressive incredible "
+                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
+                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
+                    "stupid tired ugly waste weird worse worst wrong").split()
 
 
-def toy_prompts():
-    """300 openings of reviews, such as "I saw the film yesterday."."""
-    return [f"{who} {saw} the {show} {when}."
+def toy_prompts(small=True):
+    """300 openings of reviews, such as "I saw the film yesterday.".
+
+    A model that is not small would tell any story, so it is asked for its opinion.
+    """
+    return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
             for saw in ("saw", "watched")
             for show in ("film", "movie", "musical", "opera", "play", "series")
@@ -176,8 +186,8 @@ def toy_prompts():
 
 def toy_reward(review):
     """The true reward: the number of positive words minus the number of negative words."""
-    words = re.findall(r"\w+", review)
-    return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
+    words = re.findall(r"\w+", review.lower())
+    return float(sum((word in PRAISE) - (word in BLAME) for word in words))
 
 
 def toy_ranks(responses, rng):
@@ -194,9 +204,9 @@ def toy_ranks(responses, rng):
 def toy_rankings(model, tokenizer, count, k, seed):
     """Rows {"prompt", "responses", "ranks"}: k samples of the model, ranked by a noisy human."""
     rng = random.Random(seed)
-    prompts = rng.choices(toy_prompts(), k=count)
+    prompts = rng.choices(toy_prompts(model.small), k=count or (4608 if model.small else 192))
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
-    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed)]
+    texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
     for i, prompt in enumerate(prompts):
         own = texts[i * k:(i + 1) * k]
@@ -207,16 +217,17 @@ def toy_rankings(model, tokenizer, count, k, seed):
 # ------------------------------------------------------------------------- data and evaluation
 
 
-def read_ranking(row):
+def read_ranking(row, tokenizer):
     """A row of a file as {"prompt", "responses", "ranks"}; of a pair, the chosen one has rank 1."""
+    names, ranks = ["chosen", "rejected"], [1, 2]
     if "responses" in row:
         texts, ranks = row["responses"], row.get("ranks", [])
         if len(texts) != len(ranks) or not all(type(rank) is int and rank > 0 for rank in ranks):
             fail(f'{row["where"]}: "responses" needs as many "ranks", whole numbers, 1 is the best')
-        texts = [get_text(row | {"responses": text}, "responses") for text in texts]
-    else:
-        texts, ranks = [get_text(row, "chosen"), get_text(row, "rejected")], [1, 2]
-    return {"prompt": get_text(row, "prompt"), "responses": texts, "ranks": ranks}
+        names = [f"response {k}" for k in range(len(texts))]
+        row = row | dict(zip(names, texts))
+    row = read_row(row, tokenizer, *names)
+    return {"prompt": row["prompt"], "responses": [row[name] for name in names], "ranks": ranks}
 
 
 def encode_rankings(tokenizer, rows, args):
@@ -224,21 +235,26 @@ def encode_rankings(tokenizer, rows, args):
 
     Of equal responses the first one stays. (Some become equal only by being cut.)
     """
-    usable, cut = [], 0
+    usable = []
+    no_room = 0
+    cut = 0
     for row in rows:
-        group, ranks = [], []
+        group = []
+        ranks = []
         for text, rank in zip(row["responses"], row["ranks"]):
             example = tokenizer.encode_example(row["prompt"], text, args.max_length)
             if example and example not in group:
                 group.append(example)
                 ranks.append(rank)
+        no_room += not group
         # All tied, or for best of K more than one best: the human's choice cannot be learned from.
         if len(set(ranks)) > 1 and (args.loss == "ranking" or ranks.count(min(ranks)) == 1):
             usable.append(dict(row, group=group, ranks=ranks))
-            cut += sum(response[-1] != tokenizer.eos_id for _, response in group)
-    print(f"{len(usable)} rankings, {cut} responses cut at --max_length; left out: "
-          f"{len(rows) - len(usable)} rankings with ties only or no room for a response")
-    return usable
+            cut += sum(response[-1] not in tokenizer.stop_ids for _, response in group)
+    kept = (f"{len(usable)} of {len(rows)} rankings are left: {no_room} have no room for a "
+            "response within --max_length, the others ties only")
+    say(f"{kept}; {cut} responses are cut at --max_length")
+    return usable or fail(kept)
 
 
 def calibration_error(margins):
@@ -283,9 +299,9 @@ def evaluate(model, tokenizer, rows, args):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def schedule(step, steps):
-    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
-    warmup = max(1, steps // 10)
+def schedule(step, steps, warmup=0.1):
+    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
@@ -295,11 +311,11 @@ def train(args):
 
     # 1. The reward model: a language model whose new head gives one number.
     model, tokenizer = load_model(args.model, "reward", args.device, args.lora_rank)
-    peak_lr = args.lr or (1e-3 if model.num_parameters() < 1e7 else 1e-5)
+    peak_lr = args.lr or (1e-3 if model.small else 1e-5)
 
     # 2. Rankings, from a file or from the toy's human. All those of some prompts are held out.
     if args.data:
-        rows = [read_ranking(row) for row in read_jsonl(args.data)]
+        rows = [read_ranking(row, tokenizer) for row in read_jsonl(args.data)]
     else:
         rows = toy_rankings(*load_model(args.policy or args.model, device=args.device),
                             args.rankings, args.k, args.seed)
@@ -383,7 +399,8 @@ def parse_args(argv=None):
     flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
-    flag("--rankings", type=int, default=4608, help="toy: prompts with ranked responses")
+    flag("--rankings", type=int,
+         help="toy: prompts with ranked responses; None: 4608 below 10M parameters, else 192")
     flag("--k", type=int, default=4, help="toy: responses to each prompt")
     flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
     flag("--seed", type=int, default=0, help="the same seed gives the same result")
@@ -392,11 +409,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
 
 # ---------------------------------------------------------------------- pairs to learn from
 # The answers to a problem are its pool: D_x is problem["pool"].
@@ -198,7 +198,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         mask = (ids >= 0).long()  # (B, T)
         ids = ids.clamp(min=0)
         cache = None
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
             new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
@@ -259,7 +259,7 @@ def toy_verdicts(topics, text):
 
 def toy_warm_up(model, tokenizer, problems, args):
     """A little SFT: half of each batch is drafting from the topics, half is copying a draft."""
-    print(f"warm-up: {args.warm_up} steps of SFT on drafting and on copying")
+    say(f"warm-up: {args.warm_up} steps of SFT on drafting and on copying")
     rng = random.Random(f"{args.seed} warm-up")
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     for step in tqdm(range(args.warm_up), "warm-up", disable=None):
@@ -307,10 +307,10 @@ def read_problems(tokenizer, args, room):
     """Problems to learn from, and problems held out. room: the most tokens of a prompt."""
     if not args.data:
         return toy_problems(args.problems)
-    rows = [{key: get_text(row, key) for key in ("prompt", "answer")}
-            for row in read_jsonl(args.data)]
+    rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
+    rows = [{key: row[key] for key in ("prompt", "answer")} for row in rows]
     usable = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"])) <= room]
-    print(f"{len(usable)} problems; left out: {len(rows) - len(usable)} too long for the model")
+    say(f"{len(usable)} problems; left out: {len(rows) - len(usable)} too long for the model")
     return split_by_prompt(usable)[:2]
 
 
@@ -357,9 +357,9 @@ def evaluate(model, tokenizer, problems, args):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def schedule(step, steps):
-    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
-    warmup = max(1, steps // 10)
+def schedule(step, steps, warmup=0.1):
+    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
@@ -370,7 +370,7 @@ def train(args):
     # 1. The corrector, the generator and the problems. The toy begins with a warm-up. Without
     # --generator, the generator is the corrector as it is before training.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (1e-3 if model.num_parameters() < 1e7 else 1e-5)
+    peak_lr = args.lr or (1e-3 if model.small else 1e-5)
     generator, its_tokenizer = model, tokenizer
     if args.generator:
         generator, its_tokenizer = load_model(args.generator, device=args.device)
@@ -415,6 +415,10 @@ def train(args):
                        for problem in problems if len({y.value for y in problem["pool"]}) > 1]
             if not lessons:
                 fail("no answer is better than another; use a larger --pool, or a --generator")
+            count = sum(len(pairs) for _, pairs, _ in lessons)
+            if count < args.batch_size:
+                tokenizer.note(f"there are only {count} pairs to learn from; use more problems, a "
+                               "larger --pool, or a --generator")
 
         # 6. A batch: draw problems, and for each a pair (draft, better).
         rng, batch = random.Random(f"{args.seed} {step}"), []
@@ -489,11 +493,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

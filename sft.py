@@ -29,8 +29,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
 
 # ------------------------------------------------------------------------------------ the loss
 
@@ -166,7 +166,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         mask = (ids >= 0).long()  # (B, T)
         ids = ids.clamp(min=0)
         cache = None
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
             new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
@@ -199,11 +199,21 @@ POSITIVE = "amazing brilliant charming delightful funny gripping moving superb w
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
+# Words that the true reward counts, too: models that have read more than reviews use them.
+PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
+                     "fantastic fascinating fun good great happy impressed impressive incredible "
+                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
+                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
+                    "stupid tired ugly waste weird worse worst wrong").split()
 
 
-def toy_prompts():
-    """300 openings of reviews, such as "I saw the film yesterday."."""
-    return [f"{who} {saw} the {show} {when}."
+def toy_prompts(small=True):
+    """300 openings of reviews, such as "I saw the film yesterday.".
+
+    A model that is not small would tell any story, so it is asked for its opinion.
+    """
+    return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
             for saw in ("saw", "watched")
             for show in ("film", "movie", "musical", "opera", "play", "series")
@@ -225,8 +235,8 @@ def toy_review(rng, weights):
 
 def toy_reward(review):
     """The true reward: the number of positive words minus the number of negative words."""
-    words = re.findall(r"\w+", review)
-    return float(sum((word in POSITIVE) - (word in NEGATIVE) for word in words))
+    words = re.findall(r"\w+", review.lower())
+    return float(sum((word in PRAISE) - (word in BLAME) for word in words))
 
 
 def toy_rows(count, seed):
@@ -239,21 +249,25 @@ def toy_rows(count, seed):
 # ------------------------------------------------------------------------- data and evaluation
 
 
+def read_demonstrations(path, tokenizer):
+    """The rows of a file. Of "messages" the last one is the completion, the others the prompt."""
+    rows = read_jsonl(path)
+    for row in rows:
+        if "messages" in row:
+            row["completion"] = row.pop("messages")
+    return [read_row(row, tokenizer, "completion") for row in rows]
+
+
 def encode_demonstrations(tokenizer, rows, args):
     """The usable rows, each with a new key "example": (prompt ids, response ids)."""
     usable = []
     for row in rows:
-        if "messages" in row:  # the last message is the response, those before it are the prompt
-            chat = row["messages"]
-            if not chat or dict(chat[-1]).get("role") != "assistant":
-                fail(f'{row["where"]}: "messages" has to end with a reply of the assistant')
-            row = dict(row, prompt=chat[:-1], completion=chat[-1:])
-        example = tokenizer.encode_example(get_text(row, "prompt"), get_text(row, "completion"),
-                                           args.max_length, room=args.max_new_tokens)
+        example = tokenizer.encode_example(row["prompt"], row["completion"], args.max_length,
+                                           room=args.max_new_tokens)
         if example:
             usable.append(dict(row, example=example))
-    cut = sum(row["example"][1][-1] != tokenizer.eos_id for row in usable)
-    print(f"{len(usable)} demonstrations, {cut} responses cut at --max_length; left out: "
+    cut = sum(row["example"][1][-1] not in tokenizer.stop_ids for row in usable)
+    say(f"{len(usable)} demonstrations, {cut} responses cut at --max_length; left out: "
           f"{len(rows) - len(usable)} without room for --max_new_tokens after the prompt")
     return usable or fail("no demonstration is left; see --max_length and --max_new_tokens")
 
@@ -274,9 +288,9 @@ def evaluate(model, tokenizer, rows, args):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def schedule(step, steps):
-    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
-    warmup = max(1, steps // 10)
+def schedule(step, steps, warmup=0.1):
+    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
@@ -286,13 +300,13 @@ def train(args):
 
     # 1. The model.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (1e-3 if model.num_parameters() < 1e7 else 1e-5)
+    peak_lr = args.lr or (1e-3 if model.small else 1e-5)
 
     # 2. Demonstrations, from a file or of the toy. All those of some prompts are held out.
     if args.data:
-        rows = read_jsonl(args.data)
+        rows = read_demonstrations(args.data, tokenizer)
     else:
-        rows = toy_rows(args.examples, args.seed)
+        rows = toy_rows(args.examples or (3400 if model.small else 640), args.seed)
     rows, held_out, _ = split_by_prompt(encode_demonstrations(tokenizer, rows, args), 200)
     examples = [row["example"] for row in rows]
     tokenizer.show(*examples[0])
@@ -366,7 +380,8 @@ def parse_args(argv=None):
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--examples", type=int, default=3400, help="toy: demonstrations to make")
+    flag("--examples", type=int,
+         help="toy: demonstrations to make; None: 3400 below 10M parameters, else 640")
     flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
     flag("--seed", type=int, default=0, help="the same seed gives the same result")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -374,11 +389,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The inputs of each loss, all (B,): log-probs of whole responses, summed over their tokens with
@@ -199,7 +199,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         mask = (ids >= 0).long()  # (B, T)
         ids = ids.clamp(min=0)
         cache = None
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
             new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
@@ -276,9 +276,9 @@ def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
     the Bradley-Terry model, a longer ranking the Plackett-Luce model.
     """
     rng = random.Random(seed)
-    posts = [toy_post(rng) for _ in range(count)]
+    posts = [toy_post(rng) for _ in range(count or (2304 if model.small else 256))]
     asked = [tokenizer.encode_prompt(prompt) for prompt, _ in posts for _ in range(k)]
-    texts = [tokenizer.decode(ids) for ids in sample(model, tokenizer, asked, 64, seed)]
+    texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
     for i, (prompt, facts) in enumerate(posts):
         likings = {
@@ -297,23 +297,27 @@ def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
 def encode_pairs(tokenizer, rows, args):
     """The usable rows, each with a new key "pair": [(prompt ids, chosen ids), (..., rejected)]."""
     usable = []
+    no_room, cut = 0, 0
     for row in rows:
-        pair = [tokenizer.encode_example(get_text(row, "prompt"), get_text(row, side),
-                                         args.max_length, room=args.max_new_tokens)
+        pair = [tokenizer.encode_example(row["prompt"], row[side], args.max_length,
+                                         room=args.max_new_tokens)
                 for side in ("chosen", "rejected")]
-        if None not in pair and pair[0] != pair[1]:  # equal responses would teach nothing
+        if None in pair:
+            no_room += 1
+        elif pair[0] != pair[1]:  # equal responses would teach nothing
             usable.append(dict(row, pair=pair))
-    cut = sum(response[-1] != tokenizer.eos_id for row in usable for _, response in row["pair"])
-    print(f"{len(usable)} pairs, {cut} responses cut at --max_length; left out: "
-          f"{len(rows) - len(usable)} pairs with equal responses or no room for --max_new_tokens")
-    return usable or fail("no pair is left; see --max_length and --max_new_tokens")
+            cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
+    kept = (f"{len(usable)} of {len(rows)} pairs are left: {no_room} have no room for "
+            "--max_new_tokens within --max_length, the others equal responses")
+    say(f"{kept}; {cut} responses are cut at --max_length")
+    return usable or fail(kept)
 
 
 def evaluate(policy, reference, tokenizer, test, args):
     """Metrics of both models on held-out rows, {"before": ..., "after": ...}, and their samples."""
     pairs = [row["pair"] for row in test]
     lengths = torch.tensor([[len(response) for _, response in pair] for pair in pairs])  # (P, 2)
-    shown = (test * 256)[:256]  # the rows to sample for, in turn
+    shown = (test * 256)[:256 if policy.small else 32]  # the rows to sample for, in turn
     asked = [row["pair"][0][0] for row in shown]
     columns, samples = {}, [{"prompt": row["prompt"]} for row in shown]
     for name, model in (("before", reference), ("after", policy)):
@@ -330,22 +334,24 @@ def evaluate(policy, reference, tokenizer, test, args):
             parts = [toy_quality(row[name], post["facts"]) for row, post in zip(samples, shown)]
             for key in parts[0]:
                 metrics[f"samples/{key}"] = fmean(part[key] for part in parts)
-            metrics["samples/grammatical"] = fmean(toy_well_formed(row[name]) for row in samples)
+            if model.small:
+                metrics["samples/grammatical"] = fmean(
+                    toy_well_formed(row[name]) for row in samples)
         columns[name] = metrics
 
     # The KL divergence is estimated with the policy's samples, which are those drawn last.
     groups = [[(prompt, response)] for prompt, response in zip(asked, responses)]
     log_ratios = score(policy, groups, args.max_tokens) - score(reference, groups, args.max_tokens)
-    metrics["kl/policy_reference"] = float(log_ratios.mean())  # (256, 1) -> ()
+    metrics["kl/policy_reference"] = float(log_ratios.mean())  # (S, 1) -> ()
     return columns, samples
 
 
 # ------------------------------------------------------------------------------------ the loop
 
 
-def schedule(step, steps):
-    """The share of the learning rate at a step: up over the first tenth, then down to 0."""
-    warmup = max(1, steps // 10)
+def schedule(step, steps, warmup=0.1):
+    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
@@ -355,11 +361,11 @@ def train(args):
 
     # 1. The policy. No other model is needed until training is over.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (3e-4 if model.num_parameters() < 1e7 else 5e-7)
+    peak_lr = args.lr or (3e-4 if model.small else 1e-5)
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
-        rows = read_jsonl(args.data)
+        rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
         rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed)
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
@@ -430,7 +436,7 @@ def train(args):
     del optimizer
     reference, _ = load_model(args.model, device=args.device)
     columns, samples = evaluate(model, reference, tokenizer, test, args)
-    report(args.out, columns, samples[::32], panels=[
+    report(args.out, columns, samples[:8], panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"]])
     return columns["after"]
@@ -450,7 +456,7 @@ def make_parser(losses):
     flag("--lam", type=float,
          help="weight of the SFT term, in orpo of the other one; None: 1, for orpo 0.1")
     flag("--delta", type=float, default=1.0, help="slic: margin of the hinge, in nats")
-    flag("--lr", type=float, help="peak learning rate; None: 3e-4 below 10M parameters, else 5e-7")
+    flag("--lr", type=float, help="peak learning rate; None: 3e-4 below 10M parameters, else 1e-5")
     flag("--epochs", type=int, default=1, help="passes over the pairs")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
     flag("--batch_size", type=int, default=32, help="pairs in an update")
@@ -458,7 +464,7 @@ def make_parser(losses):
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--pairs", type=int, default=2304, help="toy: pairs to sample and to learn from")
+    flag("--pairs", type=int, help="toy: pairs to sample; None: 2304 below 10M parameters, or 256")
     flag("--length_bias", type=float, default=1.0,
          help="toy: how much the human likes each word; true quality, at most 1, counts 4 times")
     flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
@@ -477,11 +483,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

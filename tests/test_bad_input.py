@@ -68,7 +68,8 @@ def fails(capsys, fragment, *args):
     """The run ends with exit code 2 and one line that has this fragment."""
     with pytest.raises(SystemExit) as stop:
         run(*args)
-    error = capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    error = "".join(line for line in lines if not line.startswith("warning: "))
     assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: "), error
     assert fragment in error, error
 
@@ -82,11 +83,11 @@ TABLE = {
     "empty": (ROW, lambda good: "\n \n", "", "no rows"),
     "not JSON": (ROW, lambda good: '{"a": 1}\n{"prompt": "I saw', "", "data:2: not a JSON object"),
     "a number": (ROW, lambda good: "\n\n3", "", "data:3: not a JSON object"),
-    "an array": (ROW, lambda good: "[1, 2]", "", "data:1: not a JSON object"),
+    "an array": (ROW, lambda good: json.dumps(good, indent=1), "", "data: this is one JSON array"),
     "no prompt": (ROW, lambda good: [dict(list(row.items())[1:]) for row in good], "",
                   'data:1: "prompt" is missing'),
     "prompt no text": (ROW, lambda good: [row | {"prompt": 3} for row in good], "",
-                       'data:1: "prompt" is missing or not a text'),
+                       'data:1: "prompt" is not a text, but 3'),
     "one prompt": (ROW, lambda good: [row | {"prompt": "A"} for row in good], "",
                    "two different prompts"),
     "no template": (ROW, lambda good: [row | {"prompt": CHAT} for row in good], "",
@@ -125,12 +126,16 @@ def test_missing_file(script, reward, tmp_path, capsys):
 
 
 @each_script
-@pytest.mark.parametrize("kind", ["tiny", "file", "below", "state.pt", "metrics.jsonl", "link"])
+@pytest.mark.parametrize("kind", ["tiny", "file", "below", "state.pt", "metrics.jsonl", "link",
+                                  "args.json"])
 def test_out_that_cannot_be_used(script, kind, reward, tmp_path, capsys):
     """The embedded model, a file, a folder with odd contents, a dangling link: nothing is lost."""
     out, data = tmp_path / "run", write(tmp_path / "data", rows(script))
     if kind in ("file", "below"):
         write(out, "mine")
+    elif kind == "args.json":  # it is a link to a file elsewhere
+        out.mkdir()
+        os.symlink(write(tmp_path / "mine", "mine"), out / kind)
     elif kind == "link":
         os.symlink(tmp_path / "gone" / "below", out)
     else:
@@ -139,7 +144,8 @@ def test_out_that_cannot_be_used(script, kind, reward, tmp_path, capsys):
     before = [path.stat().st_mtime for path in hub.TINY.iterdir()]
     fails(capsys, f"--out {place}", script, place, data, "", reward)
     assert [path.stat().st_mtime for path in hub.TINY.iterdir()] == before
-    assert kind not in ("file", "below") or out.read_text() == "mine"
+    mine = {"file": out, "below": out, "args.json": tmp_path / "mine"}.get(kind)
+    assert mine is None or mine.read_text() == "mine"
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +204,7 @@ def test_nan_leaves_a_good_state_and_no_model(script, ruinous, reward, tmp_path,
     both networks."""
     out, data = tmp_path / "run", write(tmp_path / "data", rows(script))
     monkeypatch.setattr(importlib.import_module(script), "schedule",
-                        lambda step, steps: float(step == ruinous))
+                        lambda step, steps, **_: float(step == ruinous))
     fails(capsys, "lower --lr", script, out, data, "--lr 1e30 --save_every 1", reward)
     assert not (out / "model.safetensors").exists()
     if (out / "state.pt").exists() or ruinous:

@@ -14,7 +14,7 @@ import ppo_rlhf
 import reward_model
 import self_correct
 import sft
-from model import get_text, load_model, read_jsonl, split_by_prompt
+from model import load_model, read_jsonl, split_by_prompt
 from variants import kto
 
 ARGS = {"max_length": 512, "max_new_tokens": 1, "max_tokens": 4096, "loss": "ranking",
@@ -22,7 +22,6 @@ ARGS = {"max_length": 512, "max_new_tokens": 1, "max_tokens": 4096, "loss": "ran
 PAIR = {"prompt": "A", "chosen": " The plot was dull.", "rejected": " No.", "where": "here"}
 KINDS = ("sft", "dpo", "reward_model")
 a = functools.partial(SimpleNamespace, **ARGS)
-
 
 
 def encode(tokenizer, kind, *rows, **changes):
@@ -33,7 +32,7 @@ def encode(tokenizer, kind, *rows, **changes):
         return [row["example"] for row in sft.encode_demonstrations(tokenizer, rows, args)]
     if kind == "dpo":
         return [s for row in dpo.encode_pairs(tokenizer, rows, args) for s in row["pair"]]
-    rows = list(map(reward_model.read_ranking, rows))
+    rows = [reward_model.read_ranking(row, tokenizer) for row in rows]
     return [s for row in reward_model.encode_rankings(tokenizer, rows, args) for s in row["group"]]
 
 
@@ -57,7 +56,7 @@ def test_cut_response_has_no_eos_and_is_counted(kind, tiny, capsys):
     (prompt, chosen), (_, rejected) = encode(tiny[1], kind, dict(PAIR, chosen=long), max_length=40)
     assert chosen == tiny[1].encode(long)[:40 - len(prompt)]
     assert rejected == tiny[1].encode(" No.") + [tiny[1].eos_id]
-    assert " 1 responses cut" in capsys.readouterr().out
+    assert " 1 responses" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +66,7 @@ def test_prompt_without_room_is_dropped_and_counted(kind, limit, tiny, capsys):
     the model's context there is no position (huggingface/transformers#530), whatever the flag."""
     sequences = encode(tiny[1], kind, dict(PAIR, prompt="plot " * 600), PAIR, max_length=limit)
     assert len(sequences) == 2 and torch.isfinite(dpo.response_logps(tiny[0], sequences)[0]).all()
-    assert f"left out: {2 if kind == 'sft' else 1} " in capsys.readouterr().out
+    assert f" {2 if kind == 'sft' else 1} " in capsys.readouterr().out.partition("le")[2]
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -76,7 +75,7 @@ def test_pair_identical_after_the_cut_is_dropped_and_counted(kind, tiny, capsys)
     row = dict(PAIR, chosen=" plot" * 40 + " a", rejected=" plot" * 40 + " b")
     assert len(encode(tiny[1], kind, row, PAIR)) == 4
     assert len(encode(tiny[1], kind, row, PAIR, max_length=20)) == 2
-    assert "left out: 1 " in capsys.readouterr().out
+    assert "1 of 2 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prompt, response", [("The sl", "ow train"), ("Question: ", " hi"),
@@ -103,19 +102,13 @@ def test_only_responses_are_trained_on(tiny):
 
 
 def test_rows_of_files(tmp_path):
-    """A byte-order mark and blank lines do not matter; TRL writes messages for texts; of a chat the
-    last reply is the response; a line separator within a text ends no line."""
-    chat, odd = [{"role": "user", "content": "hi"}], "a\u2028b\x85c"
-    reply = {"role": "assistant", "content": odd}
-    rows = [{"prompt": chat, "chosen": [reply], "rejected": "no"}, {"messages": [*chat, reply] * 2}]
+    """A byte-order mark and blank lines do not matter; a line separator within a text ends no
+    line."""
+    rows = [{"prompt": "A", "chosen": "a\u2028b\x85c"}, {"prompt": "B"}]
     (tmp_path / "a").write_text("\ufeff" + "\n\n".join(
         json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    pair, talk = read_jsonl(tmp_path / "a")
-    assert get_text(pair, "prompt") == chat and get_text(pair, "chosen") == odd
-    assert talk["where"].endswith("a:3")
-    tokenizer = SimpleNamespace(eos_id=0, encode_example=lambda *texts, room: texts)
-    row, = sft.encode_demonstrations(tokenizer, [talk], a())
-    assert row["example"][:2] == ([*chat, reply, *chat], odd)
+    first, second = read_jsonl(tmp_path / "a")
+    assert first["chosen"] == rows[0]["chosen"] and second["where"].endswith("a:3")
 
 
 def test_rankings_are_read(tiny):
@@ -123,7 +116,7 @@ def test_rankings_are_read(tiny):
     best of K one with a single best response. A pair is a ranking of two."""
     rankings = [("abca", [1, 2, 2, 3]), ("ab", [1, 1]), ("abc", [1, 1, 2])]
     rows = [dict(PAIR, responses=list(texts), ranks=ranks) for texts, ranks in rankings] + [PAIR]
-    rows = list(map(reward_model.read_ranking, rows))
+    rows = [reward_model.read_ranking(row, tiny[1]) for row in rows]
     for loss, expected in (("ranking", [[1, 2, 2], [1, 1, 2], [1, 2]]),
                            ("best_of_k", [[1, 2, 2], [1, 2]])):
         kept = reward_model.encode_rankings(tiny[1], rows, a(loss=loss))
@@ -174,7 +167,7 @@ def test_score_reads_the_last_real_token(judge):
     assert len({round(x, 4) for x in rewards[1].tolist()}) == 4
 
 
-def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatch):
+def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatch, capsys):
     """The same tokens, EOS included (OpenRLHF/OpenRLHF#300, CarperAI/trlx#420); a response that has
     not ended gets --missing_eos_score (arXiv 2403.17031)."""
     texts = [" The plot was dull.", " I found the cast superb and funny.", " The"]
@@ -183,7 +176,7 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     monkeypatch.setattr(ppo_rlhf, "sample", lambda *_: responses)
     prompts = ["A", "Bb", "C"]
     reward = (*judge, 1.0, 2.0)  # reward model, its tokenizer, and what scores are normalised with
-    sequences, scores, _, means = ppo_rlhf.rollout(None, reward, tiny[1], prompts, 0, a())
+    sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
     rows = [{"group": [judge[1].encode_example(prompt, text, 512)], "ranks": [1]}
             for prompt, text in zip(prompts, texts[:2])]
     assert [row["group"][0] for row in rows] == sequences[:2]
@@ -191,6 +184,10 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     expected = [*((score - 1) / 2 for score in trained), -1]
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert means["samples/without_eos"] == pytest.approx(1 / 3)
+    assert capsys.readouterr().err == ""
+    responses[1].pop()  # now most of them have not ended
+    ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
+    assert "do not end within --max_new_tokens" in capsys.readouterr().err
 
 
 def test_ratio_is_one_at_the_first_update(tmp_path, monkeypatch):

@@ -22,9 +22,6 @@ NASTY = ["", " ", "     \n\n \t\t x  ", "tabs\tand\r\nreturns\r", "naïve “caf
          "日本語テキスト 🤗👩‍👩‍👧‍👦 ñ", "\u200b\ufeff\u00a0\u2028end", "we'll we’ll I'm DON'T",
          "1234567 in 2024 ½²", "a<|endoftext|>b<|endoftext|>", "<s></s><|im_start|>user",
          "\x00\x07\x1b[0m", " " * 300 + "!", "if a:\n        return {'b': [1, 2]}  # c\n"]
-CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-          "</s>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-CHAT = [{"role": "user", "content": "I saw the film."}]
 SEQUENCES = [([5, 6, 7], [8, 9, 2]), ([5], [11, 12, 13, 14, 2])]
 kinds = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 
@@ -93,8 +90,7 @@ def test_text_is_text(folder, tmp_path):
     for text in NASTY + [path.read_text() for path in ROOT.glob("*.py")]:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
-        assert not {ours.bos_id, ours.eos_id} & set(ids)
-        assert ours.decode([ours.bos_id, *ids, ours.eos_id]) == text
+        assert ours.eos_id not in ids and ours.decode([*ids, ours.eos_id]) == text
 
 
 @pytest.mark.parametrize("kind", ["prefix space", "merges out of order"])
@@ -110,19 +106,8 @@ def test_lookalikes_of_gpt2_are_left_to_transformers(kind, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
     ours, theirs = m.Tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert ours.tiktoken is None
-    assert ours.encode("in the film and") == theirs.encode("in the film and").ids
-
-
-def test_template_writes_the_only_bos(tmp_path):
-    """A BOS that the template emits is not doubled (EleutherAI/bergson#319), ids are a plain list
-    (natolambert/rlhf-book PR #416), and what was encoded before does not matter."""
-    theirs, ours = bpe(tmp_path, template=CHATML), m.Tokenizer(tmp_path)
-    ours.encode("<s> is text")
-    ids = ours.encode_prompt(CHAT)
-    assert type(ids) is list and ids.count(ours.bos_id) == 1 and ids[0] == ours.bos_id
-    assert theirs.decode(ids).endswith("saw the film.</s>\n<|im_start|>assistant\n")
-    assert ours.encode_example(CHAT, "Yes.", 99) == (ids, [*ours.encode("Yes."), ours.eos_id])
-    assert ours.encode_prompt("I saw") == [ours.bos_id, *ours.encode("I saw")]
+    text = "in the film and"
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
 @kinds

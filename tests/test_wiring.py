@@ -32,6 +32,7 @@ from variants import chain_of_hindsight, kto, raft, rankings
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 EOS = TOKENIZER.eos_token_id  # also the BOS of tiny
+text_ids = functools.partial(TOKENIZER.encode, add_special_tokens=False)
 LM = AutoModelForCausalLM.from_pretrained
 ADAMW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0)
 REWARD = functools.partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1)
@@ -106,13 +107,13 @@ def plain(name="tiny", kind=LM):
 
 def ids_of(text):
     """The tokens of a sampled response."""
-    return TOKENIZER.encode(text) + [EOS] * (text != CUT)
+    return text_ids(text) + [EOS] * (text != CUT)
 
 
 def encode(prompt, response="", longest=512):
     """(prompt ids, response ids with EOS); what is longer is cut."""
-    prompt = [EOS] + TOKENIZER.encode(prompt)
-    return prompt, (TOKENIZER.encode(response) + [EOS])[:longest - len(prompt)]
+    prompt = [EOS] + text_ids(prompt)
+    return prompt, (text_ids(response) + [EOS])[:longest - len(prompt)]
 
 
 def token_logps(model, sequence):
@@ -456,9 +457,9 @@ def chained(online, size, rng):
         examples += [(wanted, bad[i % len(bad)], text) for i, text in enumerate(good) if bad]
     for wanted, bad, good in rng.choices(examples, k=size):
         (word, first), (other, second) = rng.sample([(" Bad:", bad), (" Good:", good)], 2)
-        start = encode(wanted)[0] + TOKENIZER.encode(word)
+        start = encode(wanted)[0] + text_ids(word)
         batch.append([(start, ids_of(first))])
-        batch.append([(start + ids_of(first) + TOKENIZER.encode(other), ids_of(second))])
+        batch.append([(start + ids_of(first) + text_ids(other), ids_of(second))])
     return examples, batch
 
 
@@ -489,7 +490,7 @@ def learn_hindsight(a, calls):
             rng, call = random.Random(f"{a.seed} episode {step}"), next(calls)
             wanted = rng.choices(ASKED, k=count)
             assert call.temperature == a.temperature
-            hint = TOKENIZER.encode(" Good:") if algo == "chain" else []
+            hint = text_ids(" Good:") if algo == "chain" else []
             assert all(ids[len(ids) - len(hint):] == hint for ids in call.prompts)
             call.prompts = [ids[:len(ids) - len(hint)] for ids in call.prompts]
             asked_for(call, model, map(words, wanted), rng.getrandbits(62))
@@ -642,7 +643,7 @@ def test_steps_equal_a_plain_derivation(case, tmp_path):
 
     flags = dict({"loss": choice, "algo": choice, "model": "tiny"}, **flags)
     rows, weights = run(
-        script, flags, tmp_path, sample=sample, toy_prompts=lambda: PROMPTS,
+        script, flags, tmp_path, sample=sample, toy_prompts=lambda *_: PROMPTS,
         evaluate=lambda *_: NOTHING[PARENT.get(script, script)], report=lambda *_, **__: None,
         toy_problems=lambda count: (problems[:3], problems[3:]),
         toy_instructions=lambda count, held_out: [dict(ASKED[0], length="long")] if held_out
@@ -714,7 +715,7 @@ def observed(script, flags, out, evaluated=True):
     _, weights = run(
         script, dict(BRIEF, **flags), out, evaluate=watched_evaluate, split_batch=watched_split,
         sample=sample, prompt_of=watched_prompt, report=lambda *_, **__: None,
-        toy_prompts=lambda: PROMPTS,
+        toy_prompts=lambda *_: PROMPTS,
         toy_verdicts=lambda topics, text: [REVIEWS[text][0] > 0])
     return *prompts, seeds, weights
 

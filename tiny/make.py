@@ -114,7 +114,7 @@ def make_tokenizer(rows, folder):
     vocab[END] = len(vocab)
     path.write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": END, "eos_token": END,
-                "unk_token": END, "model_max_length": 512}
+                "unk_token": END, "model_max_length": 512, "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return len(vocab)
 

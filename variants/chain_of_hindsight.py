@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from hir import (ask, evaluate, hir_loss, output_statistics, read_tasks, sample_and_relabel,
                  schedule, split_batch, toy_warm_up)
-from model import (fail, fingerprint, load_model, load_state, open_folder, open_log, report,
-                   save_model, save_state, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log, report,
+                   save_model, save_state)
 
 GOOD, BAD = " Good:", " Bad:"
 
@@ -59,7 +59,7 @@ def train(args):
 
     # 1. The model and the tasks, as in hir.py. A prompt is followed by two outputs and two words.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    lr = args.lr or (4e-3 if model.num_parameters() < 1e7 else 1e-5)
+    lr = args.lr or (4e-3 if model.small else 1e-5)
     room = tokenizer.context - 2 * (args.max_new_tokens + len(tokenizer.encode(GOOD)))
     tasks, groups = read_tasks(tokenizer, args, room)
     run = fingerprint(args, tasks)
@@ -167,11 +167,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

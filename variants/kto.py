@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from dpo import evaluate, response_logps, schedule, score, split_batch, toy_pairs
 from dpo import parse_args as parse_dpo_args
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
 
 # ----------------------------------------------------------------------------------- the loss
 
@@ -48,6 +48,15 @@ def kto_loss(policy, reference, desirable, kl, beta, lambda_desirable=1.0, lambd
 # ---------------------------------------------------------------------------------------- data
 
 
+def labels_of(row):
+    """{key of a response: whether it is desirable}, for a pair or a labelled response."""
+    if "chosen" in row:
+        return {"chosen": True, "rejected": False}
+    if not isinstance(row.get("label"), bool):
+        fail(f'{row["where"]}: "label" is neither true nor false')
+    return {"completion": row["label"]}
+
+
 def encode_examples(tokenizer, rows, args):
     """Examples {"prompt", "response", "desirable", "sequence": (prompt ids, response ids)}.
 
@@ -55,18 +64,14 @@ def encode_examples(tokenizer, rows, args):
     """
     examples = []
     for row in rows:
-        labels = {"chosen": True, "rejected": False}
-        if "label" in row:
-            labels = {"completion": row["label"]}
-        if not all(isinstance(label, bool) for label in labels.values()):
-            fail(f'{row["where"]}: "label" is neither true nor false')
-        prompt, texts = get_text(row, "prompt"), [get_text(row, key) for key in labels]
+        labels = labels_of(row)
+        prompt, texts = row["prompt"], [row[key] for key in labels]
         for text, desirable in zip(texts, labels.values()):
             sequence = tokenizer.encode_example(prompt, text, args.max_length, args.max_new_tokens)
             if sequence and texts.count(text) == 1:  # a pair of equal ones would teach nothing
                 examples.append({"prompt": prompt, "response": text, "desirable": desirable,
                                  "sequence": sequence})
-    print(f"{len(examples)} responses of {len(rows)} rows; the rest is equal in its pair, or its "
+    say(f"{len(examples)} responses of {len(rows)} rows; the rest is equal in its pair, or its "
           "prompt leaves no room for --max_new_tokens")
     return examples or fail("no response is left; see --max_length and --max_new_tokens")
 
@@ -93,12 +98,12 @@ def train(args):
 
     # 1. The policy. Before its first step it is also the reference.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (5e-4 if model.num_parameters() < 1e7 else 1e-6)
+    peak_lr = args.lr or (5e-4 if model.small else 1e-5)
 
     # 2. Labelled responses. All responses to some prompts are held out; they may still serve as
     # mismatched responses, from which nothing is learned.
     if args.data:
-        rows = read_jsonl(args.data)
+        rows = [read_row(row, tokenizer, *labels_of(row)) for row in read_jsonl(args.data)]
     else:
         rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
     pool = encode_examples(tokenizer, rows, args)
@@ -202,11 +207,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, load_model, load_state, open_folder, open_log, report,
-                   save_model, save_state, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder,
+                   open_log, report, save_model, save_state)
 from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_parser, per_token,
                       rollout, schedule, split_batch, token_logps, toy_grammatical, toy_reward,
                       yardstick)
@@ -50,10 +50,11 @@ def best_of_n_log_ratio(rewards, pool, n):
 
 def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     """Metrics of the reference and of the best of n of its samples, and samples of both."""
-    count = args.samples
+    count = args.samples or (128 if reference.small else 8)
     P = len(prompts)
     asked = [prompt for prompt in prompts for _ in range(count)]
-    _, single, old_texts, before = rollout(reference, reward, tokenizer, asked, args.seed, args)
+    _, single, old_texts, before = rollout(
+        reference, reward, tokenizer, asked, args.seed, args)
     asked = [prompt for prompt in asked for _ in range(args.n)]
     sequences, scores, texts, _ = rollout(
         reference, reward, tokenizer, asked, args.seed + 1, args)
@@ -68,11 +69,14 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     rewards = torch.cat([single, chosen], 1).double()  # (P, 2 * count)
     pool = torch.cat([single, scores], 1).double()  # (P, count + count * n)
     log_ratio = best_of_n_log_ratio(rewards, pool, args.n)  # (P, 2 * count)
-    after = {"scores/mean": float(chosen.mean()),
-             "samples/tokens": sum(map(len, responses)) / len(responses)}
+    after = {
+        "scores/mean": float(chosen.mean()),
+        "samples/tokens": sum(map(len, responses)) / len(responses),
+    }
     if not args.data:
         after["samples/true_reward"] = sum(map(toy_reward, texts)) / len(texts)
-        after["samples/grammatical"] = sum(map(toy_grammatical, texts)) / len(texts)
+        if reference.small:
+            after["samples/grammatical"] = sum(map(toy_grammatical, texts)) / len(texts)
     after["kl/policy_reference"] = float(log_ratio[:, count:].mean())
     after["kl/bound"] = math.log(args.n) - (args.n - 1) / args.n
     if args.beta:  # the yardstick reads only the difference of the two log-probs
@@ -92,7 +96,7 @@ def train(args):
     # 1. The policy, the reference, the prompts, and the reward model if there is one.
     policy, tokenizer = load_model(args.model, "lm", args.device, args.lora_rank)
     reference, _ = load_model(args.reference or args.model, "lm", args.device)
-    prompts, held_out = load_prompts(tokenizer, args)
+    prompts, held_out = load_prompts(tokenizer, policy.small, args)
     reward = load_reward(reference, tokenizer, prompts, args)
     if args.best_of_n:
         open_log(args.out, 0)
@@ -100,7 +104,7 @@ def train(args):
                                                     args)
         report(args.out, {"before": before, "after": after}, samples, panels=[])
         return after
-    peak_lr = args.lr or (2e-4 if policy.num_parameters() < 1e7 else 1e-5)
+    peak_lr = args.lr or (2e-4 if policy.small else 1e-5)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
 
@@ -161,8 +165,8 @@ def train(args):
 
     # 6. Save, then compare with the reference.
     save_model(policy, tokenizer, args.out)
-    before, after, samples = evaluate(policy, reference, reward, tokenizer, held_out, args.beta,
-                                      args)
+    before, after, samples = evaluate(
+        policy, reference, reward, tokenizer, held_out, args.beta, args)
     report(args.out, {"before": before, "after": after}, samples, panels=[
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
@@ -180,11 +184,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt, stopped)
+from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
+                   read_jsonl, read_row, report, save_model, save_state, split_by_prompt)
 from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule, split_batch,
                    toy_summaries)
 
@@ -70,7 +70,7 @@ def pro_loss(logps, lengths, scores, mask, sft_weight=None):
 # ---------------------------------------------------------------------------------------- data
 
 
-def read_rankings(path):
+def read_rankings(path, tokenizer):
     """Rows with "responses" and "ranks", best first. A pair is a ranking of two.
 
     The best response is also its "chosen", and the worst its "rejected".
@@ -78,14 +78,15 @@ def read_rankings(path):
     rows = []
     for row in read_jsonl(path):
         if "chosen" in row:
-            pair = [get_text(row, "chosen"), get_text(row, "rejected")]
-            row = dict(row, responses=pair, ranks=[1, 2])
+            row = row | {"responses": [row["chosen"], row.get("rejected")], "ranks": [1, 2]}
         try:
             ranking = zip(map(float, row["ranks"]), row["responses"], strict=True)
             ranks, texts = zip(*sorted(ranking))
         except (KeyError, TypeError, ValueError):
             fail(f'{row["where"]}: give a list of "responses", and as many "ranks", 1 for the best')
-        texts = [get_text(dict(row, responses=text), "responses") for text in texts]
+        names = [f"response {k}" for k in range(len(texts))]
+        row = read_row(row | dict(zip(names, texts)), tokenizer, *names)
+        texts = [row[name] for name in names]
         if ranks[0] < ranks[-1]:  # a ranking in which all are tied would teach nothing
             rows.append(dict(row, responses=texts, ranks=ranks, chosen=texts[0],
                              rejected=texts[-1]))
@@ -117,14 +118,13 @@ def train(args):
 
     # 1. The policy.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (3e-4 if model.num_parameters() < 1e7 else 5e-7)
+    peak_lr = args.lr or (3e-4 if model.small else 1e-5)
 
     # 2. Rankings, from a file or from the toy's human. All rankings of some prompts are held out.
     if args.data:
-        rows = read_rankings(args.data)
+        rows = read_rankings(args.data, tokenizer)
     else:
         rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed, k=4)
-    print("the best and the worst response of each ranking:")
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
     rankings = encode_rankings(tokenizer, rows, args)
     tokenizer.show(*rows[0]["pair"][0])
@@ -205,11 +205,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except KeyboardInterrupt:
-        stopped(args.out)
+    return launch(train, parse_args(argv))
 
 
 if __name__ == "__main__":
