@@ -257,20 +257,26 @@ def toy_grammatical(review):
 def toy_pairs(model, tokenizer, count, seed):
     """Pairs of the model's own samples, judged by a noisy human.
 
-    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model.
+    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. Of a
+    model that is not small most samples tie, so the best and the worst of four are compared.
     """
     rng = random.Random(seed)
-    prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 256))
-    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(2)]
+    prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 320))
+    k = 2 if model.small else 4
+    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
-    for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
+    for i, prompt in enumerate(prompts):
+        own = texts[i * k:(i + 1) * k]
+        if not model.small:
+            own.sort(key=toy_reward)
+        a, b = own[0], own[-1]
         if not model.small and toy_reward(a) == toy_reward(b):
             continue
         if rng.random() > 1 / (1 + math.exp(toy_reward(b) - toy_reward(a))):
             a, b = b, a
         rows.append({"prompt": prompt, "chosen": a, "rejected": b})
-    say(f"{len(prompts)} pairs of samples; {len(prompts) - len(rows)} ties are left out")
+    say(f"{len(prompts)} pairs of samples, {len(prompts) - len(rows)} of them ties: left out")
     return rows
 
 
@@ -347,7 +353,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     old, new = (score(model, groups, args.max_tokens).view(P, 2 * n).double()
                 for model in (reference, policy))  # (2*P*n, 1) -> (P, 2n)
     after["kl/policy_reference"] = float((new - old)[:, n:].mean())
-    if not args.data:
+    if not args.data and policy.small:  # with larger models the estimate of J* would be a guess
         rewards = [toy_reward(tokenizer.decode(response)) for [(_, response)] in groups]
         after |= yardstick(torch.tensor(rewards).view(P, 2 * n), new, old, args.beta)
     return before, after, [side[::n] for side in texts]
@@ -368,7 +374,7 @@ def train(args):
 
     # 1. The policy. Before its first step it is also the reference.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (5e-4 if model.small else 1e-5)
+    peak_lr = args.lr or (5e-4 if model.small else 1e-5 if args.data else 3e-5)
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
@@ -384,6 +390,7 @@ def train(args):
     reference_logps = score(model, pairs, args.max_tokens)  # (pairs, 2)
 
     # 4. Batches: each epoch visits all pairs in a new order.
+    args.batch_size = args.batch_size or (32 if model.small or args.data else 8)
     steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     batches = []
     while len(batches) < steps:
@@ -469,16 +476,18 @@ def parse_args(argv=None):
          help="price of a nat of KL from the reference, and IPO's tau; 0.1 is usual with --data")
     flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")
     flag("--alpha", type=float, default=0.05, help="rdpo: price of a token of response length")
-    flag("--lr", type=float, help="peak learning rate; None: 5e-4 below 10M parameters, else 1e-5")
+    flag("--lr", type=float,
+         help="peak learning rate; None: 5e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
     flag("--epochs", type=int, default=1, help="passes over the pairs")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int, default=32, help="pairs in an update")
+    flag("--batch_size", type=int, help="pairs in an update; None: 32, in the toy of a model above "
+         "10M parameters 8")
     flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
     flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--pairs", type=int, help="toy: pairs to sample; None: 4352 below 10M parameters, or 256")
+    flag("--pairs", type=int, help="toy: pairs to sample; None: 4352 below 10M parameters, or 320")
     flag("--samples", type=int,
          help="evaluation: samples for each of 8 prompts; None: 128 below 10M parameters, else 8")
     flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")

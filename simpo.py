@@ -361,7 +361,7 @@ def train(args):
 
     # 1. The policy. No other model is needed until training is over.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (3e-4 if model.small else 1e-5)
+    peak_lr = args.lr or (3e-4 if model.small else 1e-5 if args.data else 3e-5)
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
@@ -373,6 +373,7 @@ def train(args):
     tokenizer.show(*pairs[0][0])
 
     # 3. Batches: each epoch visits all pairs in a new order.
+    args.batch_size = args.batch_size or (32 if model.small or args.data else 8)
     steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     batches = []
     while len(batches) < steps:
@@ -456,10 +457,12 @@ def make_parser(losses):
     flag("--lam", type=float,
          help="weight of the SFT term, in orpo of the other one; None: 1, for orpo 0.1")
     flag("--delta", type=float, default=1.0, help="slic: margin of the hinge, in nats")
-    flag("--lr", type=float, help="peak learning rate; None: 3e-4 below 10M parameters, else 1e-5")
+    flag("--lr", type=float,
+         help="peak learning rate; None: 3e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
     flag("--epochs", type=int, default=1, help="passes over the pairs")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int, default=32, help="pairs in an update")
+    flag("--batch_size", type=int, help="pairs in an update; None: 32, in the toy of a model above "
+         "10M parameters 8")
     flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")

@@ -116,6 +116,7 @@ def train(args):
     reference_logps = score(model, groups, args.max_tokens)  # (examples, 2)
 
     # 4. Batches: each epoch visits all examples in a new order.
+    args.batch_size = args.batch_size or 32
     steps = args.steps or args.epochs * math.ceil(len(groups) / args.batch_size)
     batches = []
     while len(batches) < steps:

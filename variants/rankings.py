@@ -130,6 +130,7 @@ def train(args):
     tokenizer.show(*rows[0]["pair"][0])
 
     # 3. Batches: each epoch visits all rankings in a new order.
+    args.batch_size = args.batch_size or 32
     steps = args.steps or args.epochs * math.ceil(len(rankings) / args.batch_size)
     batches = []
     while len(batches) < steps:
