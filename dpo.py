@@ -258,7 +258,7 @@ def toy_pairs(model, tokenizer, count, seed):
     """Pairs of the model's own samples, judged by a noisy human.
 
     The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. Of a
-    model that is not small most samples tie, so the best and the worst of four are compared.
+    model that is not small many samples tie, so the best and the worst of four are compared.
     """
     rng = random.Random(seed)
     prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 320))
@@ -276,7 +276,8 @@ def toy_pairs(model, tokenizer, count, seed):
         if rng.random() > 1 / (1 + math.exp(toy_reward(b) - toy_reward(a))):
             a, b = b, a
         rows.append({"prompt": prompt, "chosen": a, "rejected": b})
-    say(f"{len(prompts)} pairs of samples, {len(prompts) - len(rows)} of them ties: left out")
+    if not model.small:
+        say(f"{len(prompts) - len(rows)} of {len(prompts)} pairs are ties, and left out")
     return rows
 
 
