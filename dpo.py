@@ -261,7 +261,7 @@ def toy_pairs(model, tokenizer, count, seed):
     model that is not small many samples tie, so the best and the worst of four are compared.
     """
     rng = random.Random(seed)
-    prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 320))
+    prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 160))
     k = 2 if model.small else 4
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
@@ -488,7 +488,7 @@ def parse_args(argv=None):
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--pairs", type=int, help="toy: pairs to sample; None: 4352 below 10M parameters, or 320")
+    flag("--pairs", type=int, help="toy: pairs to sample; None: 4352 below 10M parameters, or 160")
     flag("--samples", type=int,
          help="evaluation: samples for each of 8 prompts; None: 128 below 10M parameters, else 8")
     flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
