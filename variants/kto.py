@@ -63,17 +63,21 @@ def encode_examples(tokenizer, rows, args):
     Each response of a pair becomes an example of its own: the chosen one is desirable.
     """
     examples = []
+    no_room = 0
     for row in rows:
         labels = labels_of(row)
         prompt, texts = row["prompt"], [row[key] for key in labels]
         for text, desirable in zip(texts, labels.values()):
             sequence = tokenizer.encode_example(prompt, text, args.max_length, args.max_new_tokens)
-            if sequence and texts.count(text) == 1:  # a pair of equal ones would teach nothing
+            if sequence is None:
+                no_room += 1
+            elif texts.count(text) == 1:  # a pair of equal ones would teach nothing
                 examples.append({"prompt": prompt, "response": text, "desirable": desirable,
                                  "sequence": sequence})
-    say(f"{len(examples)} responses of {len(rows)} rows; the rest is equal in its pair, or its "
-          "prompt leaves no room for --max_new_tokens")
-    return examples or fail("no response is left; see --max_length and --max_new_tokens")
+    kept = (f"{len(examples)} responses of {len(rows)} rows are left: {no_room} have no room for "
+            "--max_new_tokens within --max_length, the others are equal in their pair")
+    say(kept)
+    return examples or fail(kept)
 
 
 def add_mismatched(tokenizer, examples, pool, args):
