@@ -207,6 +207,9 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
             config.num_labels, config.pad_token_id = 1, tokenizer.eos_id
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, as one kernel
+        index = Path(folder, "model.safetensors.index.json")
+        if index.is_file() and ".bin" in index.read_text():
+            fail(f"{name}: its index names pickled weights, which can run code; convert them")
         if isinstance(folder, Path) and not any(folder.glob("*.safetensors")):
             if any(folder.glob("*.bin")):
                 fail(f"{name}: only pickled weights, which can run code; convert to safetensors")
