@@ -271,9 +271,10 @@ def toy_pairs(model, tokenizer, count, seed):
         if not model.small:
             own.sort(key=toy_reward)
         a, b = own[0], own[-1]
-        if not model.small and toy_reward(a) == toy_reward(b):
+        gap = toy_reward(b) - toy_reward(a)
+        if gap == 0 and not model.small:  # the human's choice would be a coin flip
             continue
-        if rng.random() > 1 / (1 + math.exp(toy_reward(b) - toy_reward(a))):
+        if rng.random() > 1 / (1 + math.exp(gap)):
             a, b = b, a
         rows.append({"prompt": prompt, "chosen": a, "rejected": b})
     if not model.small:
@@ -297,9 +298,9 @@ def encode_pairs(tokenizer, rows, args):
         elif pair[0] != pair[1]:  # equal responses would teach nothing
             usable.append(dict(row, pair=pair))
             cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
-    kept = (f"{len(usable)} of {len(rows)} pairs are left: {no_room} have no room for "
-            "--max_new_tokens within --max_length, the others equal responses")
-    say(f"{kept}; {cut} responses are cut at --max_length")
+    kept = (f"{len(usable)} pairs; left out: {no_room} without room for --max_new_tokens within "
+            f"--max_length, {len(rows) - len(usable) - no_room} with equal responses")
+    say(f"{kept}; {cut} responses cut at --max_length")
     return usable or fail(kept)
 
 

@@ -303,8 +303,7 @@ def read_tasks(tokenizer, args, room):
     room: the most tokens that a prompt may have.
     """
     if args.data:
-        rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
-        problems = [{key: row[key] for key in ("prompt", "answer")} for row in rows]
+        problems = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
         asked, new = [{"answer": "correct"}], [{"answer": "wrong"}]
     else:
         problems = [{"prompt": ""}]  # the instruction is the whole problem

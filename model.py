@@ -10,7 +10,6 @@ Only safetensors weights are loaded, and no code from a hub is ever run.
 
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -19,22 +18,23 @@ from pathlib import Path
 
 import tiktoken
 import torch
-import transformers
 from safetensors import SafetensorError
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
-TINY = Path(__file__).resolve().parent / "tiny"
+TINY = Path(__file__).resolve().with_name("tiny")
 LORA_ALPHA = 16
 # Contractions, digits, runs of spaces, newlines, accents, other scripts, emoji.
 PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
          "they'll see...\n")
 
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 if hasattr(sys.stdout, "reconfigure"):  # a console without a character shows "?" for it
     sys.stdout.reconfigure(errors="replace")
 
@@ -69,14 +69,14 @@ class Tokenizer:
     """
 
     def __init__(self, folder):
-        self.transformers = transformers.AutoTokenizer.from_pretrained(folder)
+        self.transformers = AutoTokenizer.from_pretrained(folder)
         self.tiktoken = gpt2_encoding(self.transformers)
         self.eos_id = self.transformers.eos_token_id
         bos = self.transformers.bos_token_id  # which not every tokenizer puts before a text
-        self.bos_id = bos if self.transformers.encode("a")[:1] == [bos] else None
+        self.bos_id = bos if bos in self.transformers.encode("a")[:1] else None
         self.stop_ids = {self.eos_id} | self.end_of_turn()  # load_model adds the model's own
-        self.context = 1024  # positions of the model, and
-        self.size = 10**9  # rows of its embedding; load_model sets both
+        self.context = 1024  # positions of the model; load_model sets it
+        self.size = 10**9  # rows of the model's embedding; load_model sets it
         self.notes = set()  # warnings that have been printed
 
     def end_of_turn(self):
@@ -90,7 +90,7 @@ class Tokenizer:
         return set([i for i in ids if i in self.transformers.added_tokens_decoder][:1])
 
     def encode(self, text, control=False):
-        """Token ids of a text. With `control`, the control tokens that are spelled in it are so."""
+        """Token ids of a text. control: "<|endoftext|>" in it, for example, is a control token."""
         if self.tiktoken and not control:
             return self.tiktoken.encode_ordinary(text)
         return self.transformers.encode(text, add_special_tokens=False,
@@ -139,10 +139,10 @@ class Tokenizer:
         rest = both[len(ids):]
         if both[:len(ids)] != ids:
             rest = self.encode(whole[len(start):], control=not isinstance(prompt, str))
-        rest = rest + [self.eos_id]
-        end = next(i for i, token in enumerate(rest) if token in self.stop_ids)
+        rest.append(self.eos_id)
+        length = 1 + next(i for i, token in enumerate(rest) if token in self.stop_ids)
         left = min(max_length, self.context) - len(ids)
-        return (ids, rest[:end + 1][:left]) if ids and left >= room else None
+        return (ids, rest[:min(length, left)]) if ids and left >= room else None
 
     def decode(self, ids, whole=False):
         """The text of a response; control tokens, such as the EOS at its end, are left out.
@@ -176,10 +176,11 @@ def gpt2_encoding(tokenizer):
                  if i not in tokenizer.all_special_ids}
         encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                      special_tokens={})
-        same = encoding.encode_ordinary(PROBE) == tokenizer.encode(PROBE, add_special_tokens=False)
+        if encoding.encode_ordinary(PROBE) == tokenizer.encode(PROBE, add_special_tokens=False):
+            return encoding
     except (KeyError, ValueError):  # a token that is not made of GPT-2's bytes
-        return None
-    return encoding if same else None
+        pass
+    return None
 
 
 # -------------------------------------------------------------------------------------- models
@@ -194,7 +195,7 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
     lora_rank: if above 0, only LoRA adapters (and a reward head) are trained.
     Returns (model, Tokenizer). Ends with one line and exit code 2 if the model cannot be used.
     """
-    folder = TINY if name == "tiny" else Path(name) if Path(name).is_dir() else name
+    folder = TINY if name == "tiny" else name
     auto = AutoModelForSequenceClassification if head == "reward" else AutoModelForCausalLM
     torch.manual_seed(0)  # new weights (a reward head, adapters) are the same in each run
     try:
@@ -210,10 +211,11 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
         index = Path(folder, "model.safetensors.index.json")
         if index.is_file() and ".bin" in index.read_text():
             fail(f"{name}: its index names pickled weights, which can run code; convert them")
-        if isinstance(folder, Path) and not any(folder.glob("*.safetensors")):
-            if any(folder.glob("*.bin")):
+        endings = {path.suffix for path in Path(folder).glob("*")}  # none if it is on a hub
+        if endings and ".safetensors" not in endings:
+            if ".bin" in endings:
                 fail(f"{name}: only pickled weights, which can run code; convert to safetensors")
-            print(f"warning: {name} holds no weights, so they are random", file=sys.stderr)
+            tokenizer.note(f"{name} holds no weights, so they are random")
             model, missing = auto.from_config(config, dtype=torch.float32), []
         else:
             model, info = auto.from_pretrained(
@@ -238,9 +240,9 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
     tokenizer.context = positions or tokenizer.context
     model.bf16 = model.device.type == "cuda"  # arithmetic in bf16, weights in fp32
     model.small = model.num_parameters() < 1e7  # tiny, or made from it: it knows only the toys
-    generation = getattr(model, "generation_config", None)  # reward models have none
-    stops = getattr(generation, "eos_token_id", None)  # None, one id, or a list
-    tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops]) - {None}
+    if model.can_generate():  # a reward model cannot
+        stops = model.generation_config.eos_token_id  # None, one id, or a list
+        tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops]) - {None}
     return model, tokenizer
 
 
@@ -286,13 +288,10 @@ def save_model(model, tokenizer, folder):
     replace_layers(model, LoRA, merged)
     new = Path(folder) / "model.new"
     shutil.rmtree(new, ignore_errors=True)
-    try:
-        model.save_pretrained(new)
-    except SafetensorError as error:  # the disk is full
-        raise OSError(error)
+    model.save_pretrained(new)
     tokenizer.transformers.save_pretrained(new)
     for path in sorted(new.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        os.replace(path, Path(folder) / path.name)
+        path.replace(Path(folder, path.name))
     new.rmdir()
 
 
@@ -304,10 +303,11 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank):
         super().__init__()
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight  # (d_out, d_in)
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        d_out, d_in = weight.shape
         self.base, self.scale = base, LORA_ALPHA / rank
-        self.A = nn.Parameter(torch.randn(rank, weight.shape[1]).to(weight) * weight.shape[1]**-0.5)
-        self.B = nn.Parameter(torch.zeros(len(weight), rank).to(weight))
+        self.A = nn.Parameter(torch.randn(rank, d_in).to(weight) * d_in**-0.5)
+        self.B = nn.Parameter(weight.new_zeros(d_out, rank))
 
     def forward(self, x):
         return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
@@ -316,14 +316,13 @@ class LoRA(nn.Module):
 def add_lora(model, rank, name):
     """Freeze the model and put an adapter beside every linear layer of its blocks, in place."""
     model.requires_grad_(False)
-    embedding = model.get_input_embeddings().weight
-    total = sum(p.numel() for p in model.base_model.parameters()) - embedding.numel()
+    total = model.base_model.num_parameters() - model.get_input_embeddings().weight.numel()
     replace_layers(model.base_model, (nn.Linear, Conv1D), lambda layer: LoRA(layer, rank))
     adapted = sum(module.base.weight.numel() for module in model.modules()
                   if isinstance(module, LoRA))
     say(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        model(input_ids=torch.arange(2, device=model.device)[None])
     except AttributeError as error:  # Mamba, for example, reads a layer's weight by itself
         fail(f"{name}: --lora_rank does not fit a {model.config.model_type}, which uses its layers "
              f"in an unusual way ({error}); leave it out")
@@ -363,7 +362,7 @@ def read_jsonl(path):
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                rows.append(dict(json.loads(line), where=f"{path}:{number}"))
+                rows.append(json.loads(line) | {"where": f"{path}:{number}"})
             except (ValueError, TypeError) as error:
                 fail(f"{path}:{number}: not a JSON object ({error}); write one object on each line")
     return rows or fail(f"{path}: no rows in this file")
@@ -393,8 +392,8 @@ def get_text(row, key):
 def get_messages(row, key):
     """row[key], which has to be a list of chat messages."""
     for message in row[key]:
-        if not isinstance(message, dict) or {"role", "content"} - message.keys() or not (
-                isinstance(message["content"], str)):
+        if not (isinstance(message, dict) and "role" in message
+                and isinstance(message.get("content"), str)):
             fail(f'{row["where"]}: each message in "{key}" needs a "role" and a "content" that is '
                  f"a text; this one is {json.dumps(message)[:80]}")
     return row[key] or fail(f'{row["where"]}: "{key}" is an empty list')
@@ -406,7 +405,7 @@ def read_row(row, tokenizer, *keys):
     A response may also be a message of the assistant, or a conversation that ends with one: then
     the messages before it are the prompt.
     """
-    row, prompts = dict(row), []
+    row, prompt, prompts = dict(row), row.get("prompt"), []
     for key in keys:
         if isinstance(row.get(key), list):
             *before, reply = get_messages(row, key)
@@ -416,27 +415,27 @@ def read_row(row, tokenizer, *keys):
             row[key] = reply["content"]
             if before:
                 prompts.append(before)
-            elif isinstance(row.get("prompt"), str):
-                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            elif isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
         get_text(row, key)
     if prompts:
-        if isinstance(row.get("prompt"), list):
-            prompts.append(row["prompt"])
+        if isinstance(prompt, list):
+            prompts.append(prompt)
         if prompts.count(prompts[0]) < max(len(keys), len(prompts)):
             fail(f'{row["where"]}: the conversations of this row differ before their last message; '
                  "they need the same prompt")
-        row["prompt"] = prompts[0]
-    if isinstance(row.get("prompt"), list):
+        prompt = prompts[0]
+    if isinstance(prompt, list):
+        row["prompt"] = prompt
         get_messages(row, "prompt")
         return row
-    texts, where = [get_text(row, key) for key in ("prompt", *keys)], row["where"] + ": "
-    chat = bool(tokenizer.transformers.chat_template)
-    for token in tokenizer.transformers.all_special_tokens:
-        if any(token in text for text in texts):
-            tokenizer.note(f"this text spells the control token {token}, which is read as plain "
-                           "letters; give messages, and the chat template writes it", where)
-            chat = False
-    if chat:
+    text = "\n".join(get_text(row, key) for key in ("prompt", *keys))
+    spelled = [token for token in tokenizer.transformers.all_special_tokens if token in text]
+    where = f'{row["where"]}: '
+    for token in spelled:
+        tokenizer.note(f"this text spells the control token {token}, which is read as plain "
+                       "letters; give messages, and the chat template writes it", where)
+    if tokenizer.transformers.chat_template and not spelled:
         tokenizer.note("the prompt is a plain text, so the chat template of this model is not "
                        "used; give messages to use it", where)
     return row
@@ -450,14 +449,14 @@ def split_by_prompt(rows, count=16):
     """
     if not rows:
         fail("no row is left to use; see --max_length and --max_new_tokens")
-    prompts = sorted({json.dumps(row["prompt"]) for row in rows})
+    prompts = sorted({json.dumps(row["prompt"], sort_keys=True) for row in rows})
     random.Random(0).shuffle(prompts)
-    held_out = prompts[:max(1, min(count, len(prompts) // 10))]
-    test = [row for row in rows if json.dumps(row["prompt"]) in held_out]
-    rows = [row for row in rows if json.dumps(row["prompt"]) not in held_out]
+    held_out = [json.loads(prompt) for prompt in prompts[:max(1, min(count, len(prompts) // 10))]]
+    test = [row for row in rows if row["prompt"] in held_out]
+    rows = [row for row in rows if row["prompt"] not in held_out]
     if not rows:
         fail("at least two different prompts are needed, since one of them is held out")
-    return rows, test, [json.loads(prompt) for prompt in held_out]
+    return rows, test, held_out
 
 
 # ---------------------------------------------------------------------------- a run's folder
@@ -466,9 +465,10 @@ def split_by_prompt(rows, count=16):
 def open_folder(args):
     """Make --out and write args.json there. With --resume a state has to be there already."""
     folder = Path(args.out)
+    state = folder / "state.pt"
     if folder.resolve() == TINY:
         fail(f"--out {args.out}: the embedded model lies there; give another folder")
-    if args.resume and not (folder / "state.pt").is_file():
+    if args.resume and not state.is_file():
         fail(f"--resume: no interrupted run in {folder}; start one without --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -478,7 +478,7 @@ def open_folder(args):
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         (folder / "metrics.jsonl").open("a").close()  # tries to write it
         if not args.resume:
-            (folder / "state.pt").unlink(missing_ok=True)
+            state.unlink(missing_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: cannot be written ({error}); give another folder")
 
@@ -499,9 +499,9 @@ def fingerprint(args, examples):
 
 def save_state(folder, model, optimizer, **rest):
     """Write all that --resume needs. A kill while writing leaves the state before it intact."""
-    state = dict(rest, model=model.state_dict(), optimizer=optimizer.state_dict())
     try:
-        torch.save(state, f"{folder}/state.new")
+        torch.save(dict(rest, model=model.state_dict(), optimizer=optimizer.state_dict()),
+                   f"{folder}/state.new")
     except RuntimeError as error:  # the disk is full
         raise OSError(error)
     os.replace(f"{folder}/state.new", f"{folder}/state.pt")
@@ -527,17 +527,16 @@ def launch(train, args):
     """train(args). Ctrl-C (exit code 130) and a full disk (2) end it with one line."""
     try:
         return train(args)
-    except (KeyboardInterrupt, OSError) as error:
-        for half in ("state.new", "model.new"):
-            shutil.rmtree(f"{args.out}/{half}", ignore_errors=True)
-            Path(args.out, half).unlink(missing_ok=True)
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        Path(args.out, "state.new").unlink(missing_ok=True)  # it and model.new may be half written
+        shutil.rmtree(f"{args.out}/model.new", ignore_errors=True)
         remedy = "no state has been saved yet (see --save_every)"
-        if os.path.exists(f"{args.out}/state.pt"):
+        if Path(args.out, "state.pt").exists():
             remedy = "add --resume to go on from the last saved state"
-        if isinstance(error, OSError):
-            fail(f"{args.out}: cannot be written; is the disk full? ({error})", remedy)
-        print("\nstopped;", remedy, file=sys.stderr)
-        raise SystemExit(130)
+        if isinstance(error, KeyboardInterrupt):
+            print("\nstopped;", remedy, file=sys.stderr)
+            raise SystemExit(130)
+        fail(f"{args.out}: cannot be written; is the disk full? ({error})", remedy)
 
 
 def report(folder, columns, samples, panels):
@@ -549,25 +548,23 @@ def report(folder, columns, samples, panels):
     """
     table = " " * 25 + "".join(f"{name:>11}" for name in columns)
     for key in list(columns.values())[-1]:
-        cells = [f"{column[key]:11.3f}" if key in column else " " * 11
-                 for column in columns.values()]
-        table += f"\n{key:25}" + "".join(cells)
+        table += f"\n{key:25}"
+        for column in columns.values():
+            table += f"{column[key]:11.3f}" if key in column else " " * 11
     texts = [printable("\n".join(f"{name:9}: {text}" for name, text in sample.items()))
              for sample in samples]
     Path(folder, "samples.txt").write_text("\n\n".join([table, *texts]), encoding="utf-8")
     Path(folder, "results.json").write_text(json.dumps(columns, indent=2))
     Path(folder, "state.pt").unlink(missing_ok=True)  # this run is complete
     if panels:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
         rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-        for axis, names in zip(axes[0], panels):
-            for name in names:
-                axis.plot([row.get(name, math.nan) for row in rows], label=name)
+        figure = Figure(figsize=(4 * len(panels), 3))
+        for number, names in enumerate(panels, 1):
+            axis = figure.add_subplot(1, len(panels), number)
+            for name in names:  # a row without it leaves a gap
+                axis.plot([row.get(name) for row in rows], label=name)
             axis.set_xlabel("step")
             axis.legend()
         figure.savefig(f"{folder}/curves.png", bbox_inches="tight")
-        pyplot.close(figure)
     say("\n\n".join(["", table, *texts[:4], f"All that this run has made is in {folder}"]))

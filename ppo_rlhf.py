@@ -367,7 +367,8 @@ def rollout(policy, reward, tokenizer, prompts, seed, args):
     """Sample a response to each prompt and score it: sequences of ids, scores (B,), texts, means.
 
     The reward model reads the text through its own tokenizer. A response that did not end scores
-    --missing_eos_score, since nobody knows how it would have gone on.
+    --missing_eos_score, since nobody knows how it would have gone on. (In the toy of a model that
+    is not small hardly any ends, so there the words count that have been written.)
     """
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     responses = sample(policy, tokenizer, ids, args.max_new_tokens, seed)
@@ -385,14 +386,15 @@ def rollout(policy, reward, tokenizer, prompts, seed, args):
     else:
         scores = torch.tensor([toy_reward(text) for text in texts])
     ended = torch.tensor([response[-1] in tokenizer.stop_ids for response in responses])
-    scores = scores.where(ended, args.missing_eos_score)
+    if reward or policy.small:  # in the toy, a larger model may write on and on
+        scores = scores.where(ended, args.missing_eos_score)
+        if sum(ended) < len(ended) / 2:
+            tokenizer.note("more than half of the samples do not end within --max_new_tokens, and "
+                           "get --missing_eos_score whatever they say; allow more tokens, or start "
+                           "from a model that has learned to end, see sft.py")
     means = {"scores/mean": float(scores.mean()),
              "samples/tokens": sum(map(len, responses)) / len(responses),
              "samples/without_eos": 1 - float(ended.float().mean())}
-    if means["samples/without_eos"] > 0.5:
-        tokenizer.note("more than half of the samples do not end within --max_new_tokens, and get "
-                       "--missing_eos_score whatever they say; allow more tokens, or start from a "
-                       "model that has learned to end, see sft.py")
     if not args.data:
         means["samples/true_reward"] = sum(map(toy_reward, texts)) / len(texts)
         if policy.small:

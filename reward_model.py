@@ -221,8 +221,9 @@ def read_ranking(row, tokenizer):
     """A row of a file as {"prompt", "responses", "ranks"}; of a pair, the chosen one has rank 1."""
     names, ranks = ["chosen", "rejected"], [1, 2]
     if "responses" in row:
-        texts, ranks = row["responses"], row.get("ranks", [])
-        if len(texts) != len(ranks) or not all(type(rank) is int and rank > 0 for rank in ranks):
+        texts, ranks = row["responses"] or [], row.get("ranks") or []
+        whole = all(type(rank) is int and rank > 0 for rank in ranks)
+        if not ranks or len(texts) != len(ranks) or not whole:
             fail(f'{row["where"]}: "responses" needs as many "ranks", whole numbers, 1 is the best')
         names = [f"response {k}" for k in range(len(texts))]
         row = row | dict(zip(names, texts))
@@ -251,9 +252,9 @@ def encode_rankings(tokenizer, rows, args):
         if len(set(ranks)) > 1 and (args.loss == "ranking" or ranks.count(min(ranks)) == 1):
             usable.append(dict(row, group=group, ranks=ranks))
             cut += sum(response[-1] not in tokenizer.stop_ids for _, response in group)
-    kept = (f"{len(usable)} of {len(rows)} rankings are left: {no_room} have no room for a "
-            "response within --max_length, the others ties only")
-    say(f"{kept}; {cut} responses are cut at --max_length")
+    kept = (f"{len(usable)} rankings; left out: {no_room} without room for a response within "
+            f"--max_length, {len(rows) - len(usable) - no_room} with ties only")
+    say(f"{kept}; {cut} responses cut at --max_length")
     return usable or fail(kept)
 
 

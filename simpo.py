@@ -307,9 +307,9 @@ def encode_pairs(tokenizer, rows, args):
         elif pair[0] != pair[1]:  # equal responses would teach nothing
             usable.append(dict(row, pair=pair))
             cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
-    kept = (f"{len(usable)} of {len(rows)} pairs are left: {no_room} have no room for "
-            "--max_new_tokens within --max_length, the others equal responses")
-    say(f"{kept}; {cut} responses are cut at --max_length")
+    kept = (f"{len(usable)} pairs; left out: {no_room} without room for --max_new_tokens within "
+            f"--max_length, {len(rows) - len(usable) - no_room} with equal responses")
+    say(f"{kept}; {cut} responses cut at --max_length")
     return usable or fail(kept)
 
 

@@ -82,7 +82,7 @@ RANKS = {"prompt": "A", "responses": ["a", "b"], "ranks": [1]}
 TABLE = {
     "empty": (ROW, lambda good: "\n \n", "", "no rows"),
     "not JSON": (ROW, lambda good: '{"a": 1}\n{"prompt": "I saw', "", "data:2: not a JSON object"),
-    "a number": (ROW, lambda good: "\n\n3", "", "data:3: not a JSON object"),
+    "no object": (ROW, lambda good: '{}\n\n[["prompt", "b"]]', "", "data:3: not a JSON object"),
     "an array": (ROW, lambda good: json.dumps(good, indent=1), "", "data: this is one JSON array"),
     "no prompt": (ROW, lambda good: [dict(list(row.items())[1:]) for row in good], "",
                   'data:1: "prompt" is missing'),

@@ -75,7 +75,7 @@ def test_pair_identical_after_the_cut_is_dropped_and_counted(kind, tiny, capsys)
     row = dict(PAIR, chosen=" plot" * 40 + " a", rejected=" plot" * 40 + " b")
     assert len(encode(tiny[1], kind, row, PAIR)) == 4
     assert len(encode(tiny[1], kind, row, PAIR, max_length=20)) == 2
-    assert "1 of 2 " in capsys.readouterr().out
+    assert " 1 with " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prompt, response", [("The sl", "ow train"), ("Question: ", " hi"),
@@ -126,8 +126,9 @@ def test_rankings_are_read(tiny):
 
 def test_held_out_prompts_are_disjoint():
     """Rows of one prompt never stand on both sides (natolambert/rlhf-book PR #523); at most a tenth
-    of the prompts is held out, and a chat is a prompt like any other."""
-    rows = [{"prompt": [{"content": f"p{i % 30}"}], "n": i} for i in range(120)]
+    of the prompts is held out, and a chat is a prompt like any other, in any order of its keys."""
+    keys = [("role", "content"), ("content", "role")]
+    rows = [{"prompt": [dict.fromkeys(keys[i // 60], f"p{i % 30}")], "n": i} for i in range(120)]
     learn, test, prompts = split_by_prompt(rows)
     assert len(test) == 12 and len(learn) == 108 and len(prompts) == 3
     assert all((row["prompt"] in prompts) == (row in test) for row in rows)
@@ -174,7 +175,7 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     responses = [tiny[1].encode(text) + [tiny[1].eos_id] for text in texts]
     responses[2].pop()
     monkeypatch.setattr(ppo_rlhf, "sample", lambda *_: responses)
-    prompts = ["A", "Bb", "C"]
+    prompts, large = ["A", "Bb", "C"], SimpleNamespace(small=False)
     reward = (*judge, 1.0, 2.0)  # reward model, its tokenizer, and what scores are normalised with
     sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
     rows = [{"group": [judge[1].encode_example(prompt, text, 512)], "ranks": [1]}
@@ -184,8 +185,9 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     expected = [*((score - 1) / 2 for score in trained), -1]
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert means["samples/without_eos"] == pytest.approx(1 / 3)
-    assert capsys.readouterr().err == ""
     responses[1].pop()  # now most of them have not ended
+    assert ppo_rlhf.rollout(large, None, tiny[1], prompts, 0, a())[1].tolist() == [-1, 2, 0]
+    assert capsys.readouterr().err == ""
     ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
     assert "do not end within --max_new_tokens" in capsys.readouterr().err
 

@@ -74,8 +74,8 @@ def encode_examples(tokenizer, rows, args):
             elif texts.count(text) == 1:  # a pair of equal ones would teach nothing
                 examples.append({"prompt": prompt, "response": text, "desirable": desirable,
                                  "sequence": sequence})
-    kept = (f"{len(examples)} responses of {len(rows)} rows are left: {no_room} have no room for "
-            "--max_new_tokens within --max_length, the others are equal in their pair")
+    kept = (f"{len(examples)} responses of {len(rows)} rows; left out: {no_room} without room for "
+            "--max_new_tokens within --max_length, and those of pairs with equal responses")
     say(kept)
     return examples or fail(kept)
 

@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, split_by_prompt)
+                   read_jsonl, report, save_model, save_state, split_by_prompt)
+from reward_model import read_ranking
 from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule, split_batch,
                    toy_summaries)
 
@@ -77,16 +78,8 @@ def read_rankings(path, tokenizer):
     """
     rows = []
     for row in read_jsonl(path):
-        if "chosen" in row:
-            row = row | {"responses": [row["chosen"], row.get("rejected")], "ranks": [1, 2]}
-        try:
-            ranking = zip(map(float, row["ranks"]), row["responses"], strict=True)
-            ranks, texts = zip(*sorted(ranking))
-        except (KeyError, TypeError, ValueError):
-            fail(f'{row["where"]}: give a list of "responses", and as many "ranks", 1 for the best')
-        names = [f"response {k}" for k in range(len(texts))]
-        row = read_row(row | dict(zip(names, texts)), tokenizer, *names)
-        texts = [row[name] for name in names]
+        row = read_ranking(row, tokenizer)
+        ranks, texts = zip(*sorted(zip(row["ranks"], row["responses"])))
         if ranks[0] < ranks[-1]:  # a ranking in which all are tied would teach nothing
             rows.append(dict(row, responses=texts, ranks=ranks, chosen=texts[0],
                              rejected=texts[-1]))
