@@ -27,8 +27,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TINY = Path(__file__).resolve().with_name("tiny")
 LORA_ALPHA = 16
+LOCKS = []  # open files; closing one would end its lock
 # Contractions, digits, runs of spaces, newlines, accents, other scripts, emoji.
 PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
          "they'll see...\n")
@@ -475,12 +481,25 @@ def open_folder(args):
         for path in folder.iterdir():
             if path.is_symlink():  # writing would change a file elsewhere
                 fail(f"--out {args.out}: {path.name} in it is a link; give another folder")
+        lock(folder / "lock", f"--out {args.out}: another run is writing there; wait for its end, "
+             "or give another folder")
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         (folder / "metrics.jsonl").open("a").close()  # tries to write it
         if not args.resume:
             state.unlink(missing_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: cannot be written ({error}); give another folder")
+
+
+def lock(path, message):
+    """Lock a file until this process ends; end with the message if another process has done so."""
+    LOCKS.append(path.open("w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(message)
+    except (AttributeError, OSError):  # Windows and some network drives have no such locks
+        pass
 
 
 def open_log(folder, step):
@@ -507,18 +526,23 @@ def save_state(folder, model, optimizer, **rest):
     os.replace(f"{folder}/state.new", f"{folder}/state.pt")
 
 
-def load_state(folder, model, optimizer, run):
-    """Put a saved state into model and optimizer; returns the rest. run: the fingerprint of now."""
+def load_state(args, model, optimizer, run, **new):
+    """With --resume, put the saved state into model and optimizer. run: the fingerprint of now.
+
+    Returns all else that was saved; for a new run that is step 0, and what `new` gives.
+    """
+    if not args.resume:
+        return {"step": 0} | new
     try:
-        state = torch.load(f"{folder}/state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(f"{args.out}/state.pt", map_location="cpu", weights_only=True)
         changed = [key for key in run if run[key] != state["run"][key]]
         if changed:
-            fail(f"--resume: the run in {folder} was started with another value of {changed[0]}; "
+            fail(f"--resume: the run in {args.out} was started with another value of {changed[0]}; "
                  "give the same, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        fail(f"--resume: {folder}/state.pt is no state of this script ({type(error).__name__}); "
+        fail(f"--resume: {args.out}/state.pt is no state of this script ({type(error).__name__}); "
              "start again without --resume")
     return state
 

@@ -169,13 +169,12 @@ def collate(sequences, device):
     is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
     avoids GPU synchronisation.
     """
-    T = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.zeros(len(sequences), T, dtype=torch.long)
+    ids = [torch.tensor(prompt + response) for prompt, response in sequences]
+    ids = pad_sequence(ids, batch_first=True)  # (B, T)
     where, targets, rows = [], [], []
     for b, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        ids[b, :end] = torch.tensor(prompt + response)
-        where += range(b * T + len(prompt) - 1, b * T + end - 1)  # token t is predicted at t - 1
+        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
+        where += range(first, first + len(response))
         targets += response
         rows += [b] * len(response)
     return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
@@ -483,12 +482,9 @@ def train(args):
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
     run = fingerprint(args, [prompts, ptx])
-    start = 0
-    beta = args.beta
-    if args.resume:
-        state = load_state(args.out, networks, optimizer, run)
-        start = state["step"]
-        beta = state["beta"]
+    state = load_state(args, networks, optimizer, run, beta=args.beta)
+    start = state["step"]
+    beta = state["beta"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)

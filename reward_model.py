@@ -336,9 +336,8 @@ def train(args):
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    run, start = fingerprint(args, rows), 0
-    if args.resume:
-        start = load_state(args.out, model, optimizer, run)["step"]
+    run = fingerprint(args, rows)
+    start = load_state(args, model, optimizer, run)["step"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
@@ -375,7 +374,7 @@ def train(args):
     # 8. Save, then evaluate again.
     save_model(model, tokenizer, args.out)
     after, samples = evaluate(model, tokenizer, held_out, args)
-    report(args.out, {"before": before, "after": after}, samples[:8],
+    report(args.out, {"before": before, "after": after}, samples,
            panels=[["loss"], ["grad_norm"]])
     return after
 

@@ -132,13 +132,12 @@ def collate(sequences, device):
     is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
     avoids GPU synchronisation.
     """
-    T = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.zeros(len(sequences), T, dtype=torch.long)
+    ids = [torch.tensor(prompt + response) for prompt, response in sequences]
+    ids = pad_sequence(ids, batch_first=True)  # (B, T)
     where, targets, rows = [], [], []
     for b, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        ids[b, :end] = torch.tensor(prompt + response)
-        where += range(b * T + len(prompt) - 1, b * T + end - 1)  # token t is predicted at t - 1
+        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
+        where += range(first, first + len(response))
         targets += response
         rows += [b] * len(response)
     return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
@@ -333,8 +332,8 @@ def explore(model, tokenizer, tasks, seed, args):
 def evaluate(model, tokenizer, problems, args):
     """Correct drafts again and again: {"draft": metrics, "1": metrics, ...}, and samples.
 
-    stop_rule/ is for answers that are left alone once their value is --stop_at. Without this rule
-    some perfect answers are damaged: they are never y in a pair, so nothing teaches to keep them.
+    stop_rule/ is for answers that are left alone once they are perfect. Without this rule some
+    perfect answers are damaged: they are never y in a pair, so nothing teaches to keep them.
     """
     columns, samples = {}, [{"prompt": problem["prompt"]} for problem in problems]
     answers = kept = [problem["pool"][0] for problem in problems]  # drafts
@@ -342,7 +341,7 @@ def evaluate(model, tokenizer, problems, args):
         name, before = str(t or "draft"), answers
         if t:
             answers = respond(model, tokenizer, list(zip(problems, before)), args.seed + t, args)
-            kept = [old if old.value >= args.stop_at else new for old, new in zip(kept, answers)]
+            kept = [old if old.value == 1 else new for old, new in zip(kept, answers)]
         damaged = [new.value < 1 for old, new in zip(before, answers) if old.value == 1]
         columns[name] = {
             "value": fmean(answer.value for answer in answers),
@@ -392,12 +391,10 @@ def train(args):
     steps = args.rounds * K
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    start = 0
-    if args.resume:
-        state = load_state(args.out, model, optimizer, run)
-        start = state["step"]
-        for problem, answers in zip(problems, state["pool"]):
-            problem["pool"] = [Answer(*fields) for fields in answers]
+    state = load_state(args, model, optimizer, run, pool=[])
+    start = state["step"]
+    for problem, answers in zip(problems, state["pool"]):
+        problem["pool"] = [Answer(*fields) for fields in answers]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
@@ -477,7 +474,6 @@ def parse_args(argv=None):
     flag("--rounds", type=int, default=5, help="rounds of exploring and learning; 0 only corrects")
     flag("--explore", type=int, default=4, help="corrections of each problem's answers in a round")
     flag("--corrections", type=int, default=3, help="evaluation: times that a draft is corrected")
-    flag("--stop_at", type=float, default=1.0, help="evaluation: value that the stop rule accepts")
     flag("--epochs", type=float, default=4.0, help="passes over the problems in a round")
     flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="pairs in an update")

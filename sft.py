@@ -88,13 +88,12 @@ def collate(sequences, device):
     is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
     avoids GPU synchronisation.
     """
-    T = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.zeros(len(sequences), T, dtype=torch.long)
+    ids = [torch.tensor(prompt + response) for prompt, response in sequences]
+    ids = pad_sequence(ids, batch_first=True)  # (B, T)
     where, targets, rows = [], [], []
     for b, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        ids[b, :end] = torch.tensor(prompt + response)
-        where += range(b * T + len(prompt) - 1, b * T + end - 1)  # token t is predicted at t - 1
+        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
+        where += range(first, first + len(response))
         targets += response
         rows += [b] * len(response)
     return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
@@ -322,9 +321,8 @@ def train(args):
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    run, start = fingerprint(args, examples), 0
-    if args.resume:
-        start = load_state(args.out, model, optimizer, run)["step"]
+    run = fingerprint(args, examples)
+    start = load_state(args, model, optimizer, run)["step"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)

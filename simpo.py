@@ -123,13 +123,12 @@ def collate(sequences, device):
     is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
     avoids GPU synchronisation.
     """
-    T = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.zeros(len(sequences), T, dtype=torch.long)
+    ids = [torch.tensor(prompt + response) for prompt, response in sequences]
+    ids = pad_sequence(ids, batch_first=True)  # (B, T)
     where, targets, rows = [], [], []
     for b, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        ids[b, :end] = torch.tensor(prompt + response)
-        where += range(b * T + len(prompt) - 1, b * T + end - 1)  # token t is predicted at t - 1
+        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
+        where += range(first, first + len(response))
         targets += response
         rows += [b] * len(response)
     return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
@@ -377,21 +376,20 @@ def train(args):
     steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     batches = []
     while len(batches) < steps:
-        order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
+        order = random.Random(f"{args.seed} {len(batches)}").sample(pairs, len(pairs))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    run, start = fingerprint(args, pairs), 0
-    if args.resume:
-        start = load_state(args.out, model, optimizer, run)["step"]
+    run = fingerprint(args, pairs)
+    start = load_state(args, model, optimizer, run)["step"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
         # 4. The loss and its gradient, part by part.
         batch, seen = batches[step], []
-        for part in split_batch([pairs[i] for i in batch], args.max_tokens):
-            sequences = [sequence for g in part for sequence in pairs[batch[g]]]
+        for part in split_batch(batch, args.max_tokens):
+            sequences = [sequence for g in part for sequence in batch[g]]
             # Sums of log-probs, and lengths: (2b,) -> (b, 2) each
             logps, lengths = (x.view(-1, 2) for x in response_logps(model, sequences))
             chosen, rejected = logps.unbind(1)  # (b,) each
@@ -434,10 +432,9 @@ def train(args):
 
     # 7. Save, then compare with the model at the start, which is loaded again.
     save_model(model, tokenizer, args.out)
-    del optimizer
     reference, _ = load_model(args.model, device=args.device)
     columns, samples = evaluate(model, reference, tokenizer, test, args)
-    report(args.out, columns, samples[:8], panels=[
+    report(args.out, columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"]])
     return columns["after"]

@@ -79,7 +79,7 @@ REVIEW_PROMPTS = dpo.toy_prompts
 # ------------------------------------------------------------------------------ the words task
 
 
-def word_prompts():
+def word_prompts(small=True):
     """A prompt of the toy and the beginning of an answer."""
     return [f"{prompt} The {dpo.ASPECTS[i % 8]} was" for i, prompt in enumerate(REVIEW_PROMPTS())]
 

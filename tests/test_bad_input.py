@@ -6,6 +6,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,6 +148,22 @@ def test_out_that_cannot_be_used(script, kind, reward, tmp_path, capsys):
     assert [path.stat().st_mtime for path in hub.TINY.iterdir()] == before
     mine = {"file": out, "below": out, "args.json": tmp_path / "mine"}.get(kind)
     assert mine is None or mine.read_text() == "mine"
+
+
+def test_a_folder_in_use(tmp_path, capsys):
+    """A second run in the --out of one that goes on would tear its state. It changes nothing."""
+    out, data = tmp_path / "run", write(tmp_path / "data", rows("sft"))
+    code = "import model, sys; model.lock(model.Path(sys.argv[1]), ''); input(print(flush=True))"
+    out.mkdir()
+    with subprocess.Popen([sys.executable, "-c", code, out / "lock"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, cwd=hub.TINY.parent) as other:
+        other.stdout.readline()
+        write(out / "state.pt", "its state")
+        fails(capsys, "another run is writing there", "sft", out, data, "", None)
+        assert (out / "state.pt").read_text() == "its state"
+        assert not (out / "args.json").exists()
+        other.communicate(b"\n")
+    run("sft", out, data, "", None)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import reward_model
 import self_correct
 import sft
 from model import load_model, read_jsonl, split_by_prompt
-from variants import kto
 
 ARGS = {"max_length": 512, "max_new_tokens": 1, "max_tokens": 4096, "loss": "ranking",
         "feedback": "text", "data": None, "missing_eos_score": -1.0, "seed": 0}
@@ -88,19 +87,6 @@ def test_no_token_straddles_prompt_and_response(prompt, response, tiny):
     assert tiny[1].decode(p) == prompt and p[0] == tiny[1].bos_id not in p[1:]
 
 
-def test_only_responses_are_trained_on(tiny):
-    """Not the prompt of either half (OpenRLHF/OpenRLHF#294, #235), and no target is left out
-    (jingyaogong/minimind#621): of all outputs, those just before the targets carry gradient."""
-    seen, model = [], tiny[0]
-    handle = model.base_model.ln_f.register_forward_hook(
-        lambda module, inputs, output: (seen.append(output), output.retain_grad())[1])
-    dpo.response_logps(model, [([3, 4, 5], [6, 7]), ([8, 9], [9, 10, 11, 12])])[0].sum().backward()
-    handle.remove()
-    model.zero_grad()
-    touched = seen[0].grad.abs().sum(2) > 0  # (2, 6, D) -> (2, 6)
-    assert touched.nonzero().tolist() == [[0, 2], [0, 3], [1, 1], [1, 2], [1, 3], [1, 4]]
-
-
 def test_rows_of_files(tmp_path):
     """A byte-order mark and blank lines do not matter; a line separator within a text ends no
     line."""
@@ -133,18 +119,6 @@ def test_held_out_prompts_are_disjoint():
     assert len(test) == 12 and len(learn) == 108 and len(prompts) == 3
     assert all((row["prompt"] in prompts) == (row in test) for row in rows)
     assert split_by_prompt(rows[::-1])[2] == prompts  # whatever the order of the rows
-
-
-def test_kto_partners_are_mismatched(tiny):
-    """No response is its own partner, and a partner stands behind the example's own prompt; in a
-    reversed batch of odd size the middle one met itself (huggingface/trl#1911)."""
-    rows = [{"prompt": f"p{i}", "chosen": f" c{i}", "rejected": f" r{i}"} for i in range(3)]
-    examples = kto.encode_examples(tiny[1], rows, a())
-    groups = kto.add_mismatched(tiny[1], examples, examples, a())
-    assert len(groups) == 6 == 2 * sum(example["desirable"] for example in examples)
-    for (prompt, response), (same, other) in groups:
-        own, partner, asked = (tiny[1].decode(ids)[-1] for ids in (response, other, prompt))
-        assert same == prompt and partner != asked == own
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ VARIANTS = [f"variants.{path.stem}" for path in sorted(ROOT.glob("variants/[a-z]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 # Functions of one name that do different things in different scripts.
 OWN = {"train", "evaluate", "parse_args", "make_parser", "toy_review", "toy_warm_up"}
-# Tokens of code that a file may have. Two are longer than was hoped for. ppo_rlhf.py (4,300) has
+# Tokens of code that a file may have. Four are longer than was hoped for: dpo.py (3,900) and
+# reward_model.py (3,100) have a toy for models that are not small; ppo_rlhf.py (4,300) also has
 # adaptive beta, PPO-ptx, a reward model and the yardstick beside PPO. model.py (2,300 + 500) reads
 # the rows of real data and the tokens of real chat templates, and says what is wrong with them.
-BUDGET = {"sft": 2950, "reward_model": 3210, "dpo": 4100, "simpo": 4000, "ppo_rlhf": 5150,
-          "hir": 3900, "self_correct": 3950, "model": 3850} | dict.fromkeys(VARIANTS, 1600)
+BUDGET = {"sft": 2900, "reward_model": 3200, "dpo": 4060, "simpo": 3900, "ppo_rlhf": 5100,
+          "hir": 3900, "self_correct": 3900, "model": 3910} | dict.fromkeys(VARIANTS, 1600)
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENDMARKER}
 

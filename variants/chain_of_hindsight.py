@@ -73,10 +73,8 @@ def train(args):
     steps = args.episodes * K
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    start, online = 0, []
-    if args.resume:
-        state = load_state(args.out, model, optimizer, run)
-        start, online = state["step"], state["online"]
+    state = load_state(args, model, optimizer, run, online=[])
+    start, online = state["step"], state["online"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)

@@ -128,9 +128,8 @@ def train(args):
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
-    run, start = fingerprint(args, [groups, desirable.tolist()]), 0
-    if args.resume:
-        start = load_state(args.out, model, optimizer, run)["step"]
+    run = fingerprint(args, [groups, desirable.tolist()])
+    start = load_state(args, model, optimizer, run)["step"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)

@@ -81,8 +81,9 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     after["kl/bound"] = math.log(args.n) - (args.n - 1) / args.n
     if args.beta:  # the yardstick reads only the difference of the two log-probs
         after |= yardstick(rewards, log_ratio, torch.zeros_like(log_ratio), args.beta)
+    shown = zip(prompts, old_texts[::count], texts[::count])
     samples = [{"prompt": prompt, "before": old_text, "after": new_text}
-               for prompt, old_text, new_text in zip(prompts, old_texts[::count], texts[::count])]
+               for prompt, old_text, new_text in shown]
     return before, after, samples
 
 
@@ -109,9 +110,7 @@ def train(args):
                                   weight_decay=0.0, fused=True)
 
     run = fingerprint(args, prompts)
-    start = 0
-    if args.resume:
-        start = load_state(args.out, policy, optimizer, run)["step"]
+    start = load_state(args, policy, optimizer, run)["step"]
     log = open_log(args.out, start)
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
@@ -128,8 +127,8 @@ def train(args):
         # 3. How far the policy is from the reference, on all samples.
         logps = per_token(token_logps, policy, sequences, args.max_tokens)  # (B, R)
         reference_logps = per_token(token_logps, reference, sequences, args.max_tokens)
-        mask = pad_sequence([torch.ones(len(response)) for _, response in sequences],
-                            batch_first=True).bool().to(policy.device)  # (B, R)
+        mask = [torch.ones(len(response), dtype=torch.bool) for _, response in sequences]
+        mask = pad_sequence(mask, batch_first=True).to(policy.device)  # (B, R)
         k1, k3 = kl_estimates(logps, reference_logps, mask)
 
         # 4. A few passes over the best responses, in minibatches, with the loss of SFT.
@@ -155,7 +154,8 @@ def train(args):
 
         # 5. What to watch.
         row |= {"step": step + 1,
-                "kl/policy_reference": float(k1), "kl/k3": float(k3),
+                "kl/policy_reference": float(k1),
+                "kl/k3": float(k3),
                 "scores/std_per_prompt": float(scores.std(1, correction=0).mean()),
                 "policy/loss": float(sum(losses)) / len(norms),
                 "policy/entropy": -float(logps.sum() / mask.sum()),
