@@ -339,24 +339,26 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed)
                for model in (reference, policy)]
     texts = [[tokenizer.decode(response) for response in side] for side in answers]
-    for column, side, responses in zip((before, after), texts, answers):
+    rewards = torch.tensor([toy_reward(text) for side in texts for text in side]).view(2, P, n)
+    for column, side, responses, reward in zip((before, after), texts, answers, rewards):
         column["samples/tokens"] = sum(map(len, responses)) / len(responses)
         if not args.data:
-            column["samples/true_reward"] = sum(map(toy_reward, side)) / len(side)
+            column["samples/true_reward"] = float(reward.mean())
             if policy.small:
                 column["samples/grammatical"] = sum(map(toy_grammatical, side)) / len(side)
             else:
                 column["samples/different_words"] = len(set(" ".join(side).split()))
+    if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
+        after["samples/win_rate"] = float(1 + (rewards[1] - rewards[0]).sign().mean()) / 2
 
-    # Their log-probs under both models: prompt by prompt, the reference's samples first.
-    groups = [[(asked[i], responses[i])] for p in range(P) for responses in answers
-              for i in range(p * n, (p + 1) * n)]
-    old, new = (score(model, groups, args.max_tokens).view(P, 2 * n).double()
-                for model in (reference, policy))  # (2*P*n, 1) -> (P, 2n)
-    after["kl/policy_reference"] = float((new - old)[:, n:].mean())
+    # Log-probs of all these samples under both models.
+    groups = [[example] for responses in answers for example in zip(asked, responses)]
+    old, new = (score(model, groups, args.max_tokens).view(2, P, n).double()
+                for model in (reference, policy))  # (2*P*n, 1) -> (2, P, n)
+    after["kl/policy_reference"] = float((new - old)[1].mean())
     if not args.data and policy.small:  # with larger models the estimate of J* would be a guess
-        rewards = [toy_reward(tokenizer.decode(response)) for [(_, response)] in groups]
-        after |= yardstick(torch.tensor(rewards).view(P, 2 * n), new, old, args.beta)
+        rewards, old, new = (x.transpose(0, 1).flatten(1) for x in (rewards, old, new))  # (P, 2n)
+        after |= yardstick(rewards, new, old, args.beta)
     return before, after, [side[::n] for side in texts]
 
 

@@ -433,10 +433,17 @@ def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
     sides = [rollout(model, reward, tokenizer, asked, args.seed, args)
              for model in (reference, policy)]
     sequences, scores, texts, (before, after) = zip(*sides)  # of the reference, of the policy
-    old, new = (torch.cat([per_token(token_logps, model, side, args.max_tokens).sum(1).view(P, n)
-                           for side in sequences], 1).double().cpu()
-                for model in (reference, policy))  # (P*n,) twice -> (P, 2n)
+    logps = []
+    for model in (reference, policy):
+        both = [per_token(token_logps, model, side, args.max_tokens).sum(1) for side in sequences]
+        both = [side.view(P, n) for side in both]  # (P*n,) -> (P, n)
+        logps.append(torch.cat(both, 1).double().cpu())  # (P, 2n)
+    old, new = logps
     after["kl/policy_reference"] = float((new - old)[:, n:].mean())
+    if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
+        rewards = [[toy_reward(text) for text in side] for side in texts]
+        old_rewards, new_rewards = torch.tensor(rewards)  # (P*n,) each
+        after["samples/win_rate"] = float(1 + (new_rewards - old_rewards).sign().mean()) / 2
     if beta:
         rewards = torch.cat([side.view(P, n) for side in scores], 1)  # (P, 2n)
         after |= yardstick(rewards, new, old, beta)

@@ -319,6 +319,7 @@ def evaluate(policy, reference, tokenizer, test, args):
     shown = (test * 256)[:256 if policy.small else 32]  # the rows to sample for, in turn
     asked = [row["pair"][0][0] for row in shown]
     columns, samples = {}, [{"prompt": row["prompt"]} for row in shown]
+    qualities = []
     for name, model in (("before", reference), ("after", policy)):
         # Does the loss's own reward rank pairs that training has not seen? Ties count as wrong.
         rewards = score(model, pairs, args.max_tokens)  # (P, 2)
@@ -333,10 +334,14 @@ def evaluate(policy, reference, tokenizer, test, args):
             parts = [toy_quality(row[name], post["facts"]) for row, post in zip(samples, shown)]
             for key in parts[0]:
                 metrics[f"samples/{key}"] = fmean(part[key] for part in parts)
+            qualities.append([part["quality"] for part in parts])
             if model.small:
                 metrics["samples/grammatical"] = fmean(
                     toy_well_formed(row[name]) for row in samples)
         columns[name] = metrics
+
+    if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
+        metrics["samples/win_rate"] = fmean((a < b) + (a == b) / 2 for a, b in zip(*qualities))
 
     # The KL divergence is estimated with the policy's samples, which are those drawn last.
     groups = [[(prompt, response)] for prompt, response in zip(asked, responses)]

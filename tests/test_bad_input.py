@@ -63,7 +63,7 @@ def surroundings(monkeypatch):
 
 def run(script, out, data, flags, reward):
     flags = f"--batch_size 2 --device cpu {QUICK[script]} {flags}".format(reward=reward).split()
-    importlib.import_module(script).main([*flags, "--out", str(out), "--data", str(data)])
+    importlib.import_module(script).main(["--out", str(out), "--data", str(data), *flags])
 
 
 def fails(capsys, fragment, *args):
@@ -103,6 +103,7 @@ TABLE = {
     "same responses": (PAIRS, lambda good: [row | {"rejected": row["chosen"]} for row in good], "",
                        "left"),
     "no room": (["sft", *PAIRS], None, "--max_length 2", "left"),
+    "no file": (ROW, None, "--data nowhere", "nowhere: cannot be read"),
     "no model": (ROW, None, "--model nowhere", "nowhere: cannot load this model"),
     "reward model": ([script for script in ROW if script != "reward_model"], None,
                      "--model {reward}", "this is a reward model"),
@@ -120,11 +121,6 @@ def test_bad_input(script, name, reward, tmp_path, capsys):
     _, change, flags, fragment = TABLE[name]
     data = write(tmp_path / "data", change(rows(script)) if change else rows(script))
     fails(capsys, fragment, script, tmp_path / "run", data, flags, reward)
-
-
-@each_script
-def test_missing_file(script, reward, tmp_path, capsys):
-    fails(capsys, "nowhere: cannot be read", script, tmp_path / "run", "nowhere", "", reward)
 
 
 @each_script

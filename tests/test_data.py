@@ -3,7 +3,9 @@
 import functools
 import json
 import math
+import random
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ import ppo_rlhf
 import reward_model
 import self_correct
 import sft
-from model import load_model, read_jsonl, split_by_prompt
+import simpo
+from model import load_model, read_jsonl, save_model, split_by_prompt
+from variants import on_policy_pairs, win_rate
 
 ARGS = {"max_length": 512, "max_new_tokens": 1, "max_tokens": 4096, "loss": "ranking",
         "feedback": "text", "data": None, "missing_eos_score": -1.0, "seed": 0}
@@ -127,21 +131,6 @@ def judge():
     return load_model("tiny", head="reward")
 
 
-def test_score_reads_the_last_real_token(judge):
-    """Of each response, whatever it is batched with: pooling before the padding fails where EOS is
-    the padding or stands in the prompt (huggingface/transformers#35352, allenai/reward-bench#137,
-    RLHFlow/RLHF-Reward-Modeling#49)."""
-    model, eos = judge[0], judge[1].eos_id
-    group = [([5, eos, 6], response) for response in ([7, eos], [7, 8, 9, 10, eos], [11, eos], [7])]
-    rows = [{"group": group[:1], "ranks": [1]}, {"group": group, "ranks": [1, 2, 3, 4]}]
-    rewards, ranks = reward_model.score_rows(model, rows)
-    assert ranks[0].tolist() == [1, 0, 0, 0] and rewards[0, 1:].max() == -math.inf
-    for score, (prompt, response) in zip([*rewards[1], rewards[0, 0]], group + group[:1]):
-        hidden = model.base_model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
-        assert score.item() == pytest.approx(model.score(hidden).item(), abs=1e-4)
-    assert len({round(x, 4) for x in rewards[1].tolist()}) == 4
-
-
 def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatch, capsys):
     """The same tokens, EOS included (OpenRLHF/OpenRLHF#300, CarperAI/trlx#420); a response that has
     not ended gets --missing_eos_score (arXiv 2403.17031)."""
@@ -164,6 +153,51 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     assert capsys.readouterr().err == ""
     ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
     assert "do not end within --max_new_tokens" in capsys.readouterr().err
+
+
+def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch):
+    """The judge's best and worst of n; equal scores are left out and counted, as is an unfinished
+    sentence; all is written or nothing. The chosen responses win against the rejected ones."""
+    texts = [" The cast was superb.", " It was dull. The", " I found it long.", *[" No."] * 3]
+    responses = [judge[1].encode(text) + [judge[1].eos_id] * text.endswith(".") for text in texts]
+    monkeypatch.setattr(on_policy_pairs, "sample", lambda *_: responses)
+    save_model(*judge, tmp_path)
+    (tmp_path / "data").write_text('{"prompt": "A"}\n{"prompt": "B"}')
+    flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path} --n 3".split()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(on_policy_pairs.os, "replace", Mock(side_effect=OSError))
+        on_policy_pairs.main(flags)
+    assert not [*tmp_path.glob("pairs*"), *tmp_path.glob("samples*")]
+    on_policy_pairs.main(flags)
+    assert "1 pairs; left out: 0 prompts without room for --max_new_tokens, 1 whose" in (
+        capsys.readouterr().out)
+    pair, samples = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+                     for name in ("pairs.jsonl", "samples.jsonl"))
+    group = [judge[1].encode_example("A", text.removesuffix(" The"), 512) for text in texts[:3]]
+    scores = reward_model.score_rows(judge[0], [{"group": group, "ranks": [1, 2, 3]}])[0][0]
+    assert [row["score"] for row in samples[:3]] == pytest.approx(scores.tolist(), abs=1e-4)
+    order = sorted(samples[:3], key=lambda row: row["score"])
+    assert pair == [{"prompt": "A", "chosen": order[2]["response"], "rejected":
+                     order[0]["response"], "chosen_score": order[2]["score"],
+                     "rejected_score": order[0]["score"]}]
+    for name, rows in (("a", [order[0], order[2], samples[3]]), ("b", [order[2], order[2]])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    files = [str(tmp_path / "a"), str(tmp_path / "b")]
+    table = win_rate.main([*files, "--judge", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert table["win_rate"] == 0.75 and table["standard_error"] == pytest.approx(0.25 / 2**0.5)
+    assert "2 pairs; 1 rows have no partner" in capsys.readouterr().out
+
+
+def test_win_rate_of_summaries(tiny, monkeypatch):
+    """Ties count as a half, also in the table of simpo.py (of dpo.py: test_wiring.py)."""
+    posts = [simpo.toy_post(random.Random(i)) for i in range(4)]
+    rows = [{"prompt": post, "facts": facts, "pair": [([5], [6]), ([5], [7])]}
+            for post, facts in posts]
+    drawn = iter([[tiny[1].encode(text) for text in side] for side in (
+        [" No.", " No.", " No.", " A No."], [" No.", " A No.", " A No.", " No."])])
+    monkeypatch.setattr(simpo, "sample", lambda *_: next(drawn) * 64)
+    columns, _ = simpo.evaluate(*[tiny[0]] * 2, tiny[1], rows, a(loss="simpo"))
+    assert columns["after"]["samples/win_rate"] == (0.5 + 0 + 0 + 1) / 4
 
 
 def test_ratio_is_one_at_the_first_update(tmp_path, monkeypatch):

@@ -11,8 +11,6 @@ import transformers as hf
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import dpo
 import model as m
@@ -91,23 +89,6 @@ def test_text_is_text(folder, tmp_path):
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
         assert ours.eos_id not in ids and ours.decode([*ids, ours.eos_id]) == text
-
-
-@pytest.mark.parametrize("kind", ["prefix space", "merges out of order"])
-def test_lookalikes_of_gpt2_are_left_to_transformers(kind, tmp_path):
-    """It is what a tokenizer does that counts, not what it calls itself."""
-    hf.AutoTokenizer.from_pretrained(m.TINY).save_pretrained(tmp_path)
-    rules = json.loads((tmp_path / "tokenizer.json").read_text())
-    if kind == "prefix space":
-        rules["pre_tokenizer"]["add_prefix_space"] = True
-        edit(tmp_path / "tokenizer_config.json", add_prefix_space=True)
-    else:
-        rules["model"]["merges"].reverse()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
-    ours, theirs = m.Tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert ours.tiktoken is None
-    text = "in the film and"
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
 @kinds
@@ -276,17 +257,6 @@ def test_broken_folder(kind, fragment, tmp_path, capsys):
     elif kind == "unknown kind":
         edit(folder / "config.json", model_type="abacus")
     refused(capsys, fragment, folder, head)
-
-
-@kinds
-def test_lora_scalar_example(kind):
-    """W0 = 1, A = 2, B = 3, alpha = 2, r = 1, x = 1 give 13: the scale is there, once."""
-    adapter = m.LoRA(Conv1D(1, 1) if kind == "gpt2" else nn.Linear(1, 1, bias=False), 1)
-    assert adapter.scale == m.LORA_ALPHA and m.LoRA(adapter.base, 4).scale == m.LORA_ALPHA / 4
-    adapter.scale = 2 / 1
-    for tensor, value in ((adapter.base.weight, 1), (adapter.A, 2), (adapter.B, 3)):
-        tensor.data.fill_(value)
-    assert adapter(torch.ones(1, 1)).item() == 13
 
 
 @kinds

@@ -777,6 +777,8 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch):
             column |= {"samples/without_eos": texts.count(CUT) / n, "scores/mean": fmean(
                 a.missing_eos_score if text == CUT else REVIEWS[text][0] for text in texts)}
     kl = fmean(log_ratio(prompt, text) for prompt in test for text in drawn[probe(policy)])
+    wins = [REVIEWS[new][0] - REVIEWS[old][0] for old, new in zip(*drawn.values())]
+    columns[1]["samples/win_rate"] = fmean(1 if win > 0 else 0 if win < 0 else 0.5 for win in wins)
     start, now, best = columns[0][reward], columns[1][reward] - a.beta * kl, result[1]["J/optimum"]
     columns[1] |= {"kl/policy_reference": kl, "J/reference": start, "J/policy": now,
                    "J/share_of_the_way": (now - start) / (best - start), "J/optimum": best,

@@ -1,0 +1,117 @@
+"""On-policy preference pairs: a model's own samples, judged by a reward model.
+
+Of n responses to each prompt the best one becomes "chosen" and the worst one "rejected", so the
+pairs are about what the policy really writes, and no human is asked. SimPO's "Instruct setting"
+makes its data so (Meng et al. 2024, arXiv:2405.14734v3, 3), with n = 5. A reward model that learned
+from another model's verdicts makes it RLAIF. Repeated from the new policy, it is iterated DPO:
+
+    python reward_model.py
+    python -m variants.on_policy_pairs --reward_model runs/reward_model
+    python dpo.py --data runs/on_policy_pairs/pairs.jsonl --beta 0.5
+    python -m variants.on_policy_pairs --reward_model runs/reward_model --model runs/dpo --seed 1
+
+It leaves two files in --out: pairs.jsonl, for dpo.py --data and simpo.py --data, and samples.jsonl
+with every response and its score, for variants.win_rate. A response that does not end within
+--max_new_tokens loses its last, unfinished sentence.
+"""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+
+from model import (fail, launch, load_model, open_folder, read_jsonl, read_row, say)
+from reward_model import sample, toy_prompts, toy_reward
+from variants.win_rate import load_judge, score_responses
+
+
+def best_and_worst(samples):
+    """A pair of the best and the worst response to a prompt, or None if all scores are equal.
+
+    samples: rows of one prompt, {"prompt", "response", "score"}.
+    """
+    best = max(samples, key=lambda row: row["score"])
+    worst = min(samples, key=lambda row: row["score"])
+    if best["score"] == worst["score"]:
+        return None
+    return {"prompt": best["prompt"], "chosen": best["response"], "rejected": worst["response"],
+            "chosen_score": best["score"], "rejected_score": worst["score"]}
+
+
+def write_lines(folder, name, rows):
+    """Write a JSON Lines file: all of it, or nothing."""
+    new = Path(folder, f"{name}.new")
+    try:
+        new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(new, Path(folder, name))
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def collect(args):
+    """Sample, score, and write the pairs. Returns them."""
+    open_folder(args)
+    model, tokenizer = load_model(args.model, device=args.device)
+    if args.data:
+        if not args.reward_model:
+            fail("--data: the toy's reward does not fit your prompts; give a --reward_model")
+        rows = [read_row(row, tokenizer) for row in read_jsonl(args.data)]
+    else:
+        prompts = random.Random(args.seed).choices(toy_prompts(model.small), k=args.prompts)
+        rows = [{"prompt": prompt} for prompt in prompts]
+    room = tokenizer.context - args.max_new_tokens
+    prompts = [row["prompt"] for row in rows
+               if len(tokenizer.encode_prompt(row["prompt"])) <= room]
+
+    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(args.n)]
+    responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed, args.temperature)
+    samples = [{"prompt": prompts[i // args.n], "response": tokenizer.decode(ids, whole=True)}
+               for i, ids in enumerate(responses)]
+    scores = [toy_reward(row["response"]) for row in samples]
+    if args.reward_model:
+        judge, own = load_judge(args.reward_model, args.device)
+        scores = score_responses(judge, own, samples, args.max_tokens).tolist()
+    for row, score in zip(samples, scores):
+        row["score"] = score
+
+    groups = [samples[i:i + args.n] for i in range(0, len(samples), args.n)]
+    pairs = [pair for pair in map(best_and_worst, groups) if pair]
+    kept = (f"{len(pairs)} pairs; left out: {len(rows) - len(prompts)} prompts without room for "
+            f"--max_new_tokens, {len(groups) - len(pairs)} whose responses all score the same")
+    say(kept)
+    if not pairs:
+        fail(kept)
+    write_lines(args.out, "samples.jsonl", samples)
+    write_lines(args.out, "pairs.jsonl", pairs)
+    say(f"they are in {args.out}/pairs.jsonl")
+    return pairs
+
+
+def parse_args(argv=None):
+    """The command line; --help shows all defaults."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", default="tiny", help="the policy: tiny, a folder, or a hub id such as gpt2")
+    flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
+    flag("--data", help='JSON Lines file of {"prompt"}; None: the toy task')
+    flag("--out", default="runs/on_policy_pairs", help="folder for pairs.jsonl and samples.jsonl")
+    flag("--n", type=int, default=5, help="responses to each prompt")
+    flag("--temperature", type=float, default=1.0, help="of sampling; SimPO took 0.8")
+    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest response")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--prompts", type=int, default=2048, help="toy: prompts to sample for")
+    flag("--seed", type=int, default=0, help="the same seed gives the same pairs")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(resume=False)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    launch(collect, parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
