@@ -9,6 +9,10 @@ sees a response as often; kto from both sides of each pair; sft, as a baseline, 
 response of each post, three times. One learning rate for all, and of each objective the defaults of
 its script. (dpo.py and kto.py hold out 16 of the posts, the others 51.)
 
+"slic, KL term" is SLiC's hinge with the other regulariser of its authors (Zhao et al. 2022,
+arXiv:2210.00045v1, 2.2): instead of the chosen response's likelihood, KL(start || policy) at each
+of its tokens, summed, also with a weight of 1.
+
 What counts is measured here, alike for all: true quality (recall of facts - made-up facts - 0.01 a
 word), length and grammar of a sample for each of 256 new posts, and the KL from the start in nats.
 The log-prob changes are those of the best and the worst of four summaries of 64 other new posts.
@@ -27,6 +31,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +39,8 @@ sys.path.insert(0, str(ROOT))
 import dpo  # noqa: E402
 import sft  # noqa: E402
 import simpo  # noqa: E402
-from model import load_model  # noqa: E402
+from model import (load_model, read_jsonl, read_row, save_model,  # noqa: E402
+                   split_by_prompt)
 from variants import kto, rankings  # noqa: E402
 
 METHODS = {
@@ -43,6 +49,7 @@ METHODS = {
     "rdpo": (dpo, "--loss rdpo"), "kto": (kto, "--batch_size 64"),
     "simpo": (simpo, ""), "simpo, no margin": (simpo, "--gamma_beta_ratio 0"),
     "cpo": (simpo, "--loss cpo"), "orpo": (simpo, "--loss orpo"), "slic": (simpo, "--loss slic"),
+    "slic, KL term": (None, ""), "slic, no term": (simpo, "--loss slic --lam 0"),
     "rrhf": (rankings, "--loss rrhf --epochs 3"), "pro": (rankings, "--loss pro --epochs 3"),
 }
 DATA = {sft: "best", rankings: "rankings"}  # the others learn from pairs
@@ -90,6 +97,33 @@ def measure(model, tokenizer, reference, posts, pairs):
                       "kl": float(kl.mean()), "chosen": chosen, "rejected": rejected}
 
 
+def train_with_kl(data, run, lr, seed):
+    """simpo.py --loss slic, with a KL term instead of its SFT term. The model is left in `run`."""
+    flags = ["--loss", "slic", "--data", data, "--out", str(run)]
+    args = simpo.parse_args(flags)
+    (model, tokenizer), (start, _) = load_model("tiny"), load_model("tiny")
+    rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(data)]
+    rows, _, _ = split_by_prompt(simpo.encode_pairs(tokenizer, rows, args), 256)
+    pairs = random.Random(f"{seed} 0").sample([row["pair"] for row in rows], len(rows))
+    batches = [pairs[i:i + 32] for i in range(0, len(pairs), 32)]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    for step, batch in enumerate(batches):
+        logps, _ = simpo.response_logps(model, [sequence for pair in batch for sequence in pair])
+        chosen, rejected = logps.view(-1, 2).unbind(1)  # (2B,) -> (B, 2) -> (B,) each
+        hinge = simpo.slic_loss(chosen, rejected, lam=0.0).mean()
+        ids, where, _, _ = simpo.collate([pair[0] for pair in batch], "cpu")
+        new, old = (network.lm_head(simpo.hidden_states(network, ids, where)).log_softmax(1)
+                    for network in (model, start))  # (N, V) each
+        kl = (old.exp() * (old - new)).sum() / len(batch)
+        (hinge + kl).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr * simpo.schedule(step, len(batches))
+        optimizer.step()
+        optimizer.zero_grad()
+    run.mkdir(parents=True, exist_ok=True)
+    save_model(model, tokenizer, run)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -113,7 +147,10 @@ def main():
                      "cpu", *(["--samples", "2"] if script in (dpo, kto) else [])]
             began = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
-                script.train(script.parse_args(flags))
+                if script:
+                    script.train(script.parse_args(flags))
+                else:
+                    train_with_kl(f"{folder}/pairs.jsonl", run, args.lr, seed)
             numbers = measure(load_model(run)[0], tokenizer, reference, *test)
             numbers["seconds"] = time.perf_counter() - began
             (run / "truth.json").write_text(json.dumps(numbers))

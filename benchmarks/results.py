@@ -49,23 +49,19 @@ RUNS = {
     "raft": ("-m variants.raft", THREE, 40),
     "best_of_4": ("-m variants.raft --best_of_n", THREE, 25),
     "best_of_16": ("-m variants.raft --best_of_n --n 16", THREE, 40),
-    "ppo_learned": ("ppo_rlhf.py --reward_model RUNS/reward_model/0", ONE, 110),
-    "ppo_longer": ("ppo_rlhf.py --model RUNS/ppo_learned/0 --reference tiny "
-                   "--reward_model RUNS/reward_model/0", ONE, 110),
-    "online_rm": ("reward_model.py --model RUNS/reward_model/0 --policy RUNS/ppo_learned/0", ONE,
-                  90),
-    "online_ppo": ("ppo_rlhf.py --model RUNS/ppo_learned/0 --reference tiny "
-                   "--reward_model RUNS/online_rm/0", ONE, 110),
     "pipeline_rm": ("reward_model.py --model RUNS/sft/0", ONE, 90),
     "pipeline_ppo": ("ppo_rlhf.py --model RUNS/sft/0 --reward_model RUNS/pipeline_rm/0",
                      ONE, 110),
     "reward_hacking": ("benchmarks/reward_hacking.py", ALL, 600),
+    "online": ("benchmarks/rounds.py labels", ALL, 1100),
+    "vanishing": ("benchmarks/vanishing.py", ALL, 400),
     "dpo": ("dpo.py", FIVE, 65),
     "cdpo": ("dpo.py --label_smoothing 0.1", THREE, 65),
     "ipo": ("dpo.py --loss ipo --beta 0.1", THREE, 65),
     "rdpo": ("dpo.py --loss rdpo", THREE, 65),
     "kto": ("-m variants.kto", THREE, 80),
     "dpo_lora": ("dpo.py --lora_rank 8", THREE, 75),
+    "iterated": ("benchmarks/rounds.py pairs", ALL, 450),
     "dpo_bad": ("dpo.py --beta 0.05 --lr 2e-3", ONE, 65),
     "simpo": ("simpo.py", FIVE, 40),
     "rrhf": ("-m variants.rankings --loss rrhf", THREE, 40),
@@ -283,8 +279,8 @@ def stdout_of(name, seed=0):
 # ------------------------------------------------------------------------------------- the blocks
 # Tables of means over seeds. name: (keys, digits, rows); a row is a run, or (run, column, label).
 
-OF_J = ("samples/true_reward", "kl/policy_reference", "J/policy", "J/share_of_the_way",
-        "J/effective_samples", "samples/grammatical", "samples/tokens")
+OF_J = ("samples/true_reward", "samples/win_rate", "kl/policy_reference", "J/policy",
+        "J/share_of_the_way", "J/effective_samples", "samples/grammatical", "samples/tokens")
 OF_SUMMARIES = ("samples/quality", "samples/recall", "samples/made_up", "samples/tokens",
                 "samples/grammatical", "kl/policy_reference")
 TABLES = {
@@ -293,14 +289,9 @@ TABLES = {
     "reward_model": (("pairs/accuracy", "pairs/ceiling", "calibration/error"), 3,
                      ["reward_model", "best_of_k"]),
     "ppo": (OF_J, 2, ["ppo", "best_of_4", "best_of_16", "raft"]),
-    "online": (("samples/true_reward", "kl/policy_reference", "samples/grammatical",
-                "scores/mean"), 2,
-               [("ppo_learned", "after", "40 steps"),
-                ("ppo_longer", "after", "40 steps more with the same reward model"),
-                ("online_ppo", "after", "40 steps more with new labels")]),
     "dpo": ((*OF_J, "rewards/accuracy"), 2,
             ["dpo", "cdpo", "ipo", "rdpo", "kto", "dpo_lora"]),
-    "simpo": ((*OF_SUMMARIES, "rewards/accuracy"), 2, ["simpo", "rrhf", "pro"]),
+    "simpo": (("samples/win_rate", *OF_SUMMARIES, "rewards/accuracy"), 2, ["simpo", "rrhf", "pro"]),
     "lesson": (OF_SUMMARIES, 2, [
         ("lesson", "before", "before"), ("lesson", "simpo", "`python simpo.py`"),
         ("lesson", "no margin", "`--gamma_beta_ratio 0`"),
