@@ -31,8 +31,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
+from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
+                   share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The first four inputs of each loss, all (B,): log-probs of whole responses, summed over their
@@ -163,10 +164,11 @@ def split_batch(groups, max_tokens):
 def score(model, groups, max_tokens):
     """Summed log-probs of groups of K sequences, without gradient: (len(groups), K)."""
     logps = torch.zeros(len(groups), len(groups[0]))
-    for part in tqdm(split_batch(groups, max_tokens), "log-probs", leave=False, disable=None):
+    parts = share(split_batch(groups, max_tokens))
+    for part in tqdm(parts, "log-probs", leave=False, disable=None):
         flat, _ = response_logps(model, [sequence for g in part for sequence in groups[g]])
         logps[part] = flat.view(len(part), -1).cpu()  # (b*K,) -> (b, K)
-    return logps
+    return sum(gather(logps))  # a process leaves 0 where it had no part
 
 
 @torch.no_grad()
@@ -220,12 +222,13 @@ NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
 # Words that the true reward counts, too: models that have read more than reviews use them.
-PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
-                     "fantastic fascinating fun good great happy impressed impressive incredible "
-                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
-BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
-                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
-                    "stupid tired ugly waste weird worse worst wrong").split()
+PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
+                     "exciting fabulous fantastic fascinating fun good great happy impressed "
+                     "impressive incredible inspiring interesting love lovely loved masterpiece "
+                     "nice perfect powerful special stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hate hated horrible "
+                    "lacked lame mediocre mess pointless poor poorly predictable ridiculous ruined "
+                    "sad silly strange stupid tired ugly waste weird worse worst wrong").split()
 
 
 def toy_prompts(small=True):
@@ -257,11 +260,11 @@ def toy_pairs(model, tokenizer, count, seed):
     """Pairs of the model's own samples, judged by a noisy human.
 
     The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. Of a
-    model that is not small many samples tie, so the best and the worst of four are compared.
+    model that is not small many samples tie, so the best and the worst of eight are compared.
     """
     rng = random.Random(seed)
     prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 160))
-    k = 2 if model.small else 4
+    k = 2 if model.small else 8
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
@@ -383,7 +386,7 @@ def train(args):
     if args.data:
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
-        rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
+        rows = gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
     rows, held_out, prompts = split_by_prompt(encode_pairs(tokenizer, rows, args))
     pairs = [row["pair"] for row in rows]
     test = [row["pair"] for row in held_out]
@@ -409,8 +412,8 @@ def train(args):
     for step in progress:
         # 5. The loss and its gradient, part by part.
         batch = batches[step]
-        seen = []
-        for part in split_batch([pairs[i] for i in batch], args.max_tokens):
+        seen = [torch.zeros(5, 0, device=model.device)]
+        for part in share(split_batch([pairs[i] for i in batch], args.max_tokens)):
             part = [batch[g] for g in part]
             sequences = [sequence for i in part for sequence in pairs[i]]
             logps, lengths = response_logps(model, sequences)  # (2b,) each
@@ -432,8 +435,9 @@ def train(args):
             seen.append(torch.stack([loss, chosen, rejected, *rewards]).detach())  # (5, b)
 
         # 6. The update. A state is saved before it, with weights that gave a finite loss.
+        add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        seen = torch.cat(seen, 1).cpu()  # (5, b) each -> (5, B)
+        seen = torch.cat(gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:

@@ -14,10 +14,13 @@ import os
 import random
 import shutil
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import nn
@@ -34,6 +37,7 @@ except ImportError:  # Windows
 
 TINY = Path(__file__).resolve().with_name("tiny")
 LORA_ALPHA = 16
+RANK = int(os.environ.get("RANK", 0))  # of this process, among those that torchrun has started
 LOCKS = []  # open files; closing one would end its lock
 # Contractions, digits, runs of spaces, newlines, accents, other scripts, emoji.
 PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
@@ -47,6 +51,8 @@ if hasattr(sys.stdout, "reconfigure"):  # a console without a character shows "?
 
 def fail(*messages):
     """End the program because of bad input: one line on stderr, exit code 2, no traceback."""
+    if RANK:
+        time.sleep(3)  # if rank 0 fails as well, torchrun ends this process before it prints
     print("error:", printable(" ".join("; ".join(messages).split())), file=sys.stderr)
     raise SystemExit(2)
 
@@ -169,7 +175,7 @@ class Tokenizer:
 
     def note(self, text, where=""):
         """Print a warning, once."""
-        if text not in self.notes:
+        if text not in self.notes and not RANK:
             print("warning:", printable(where + text), file=sys.stderr)
             self.notes.add(text)
 
@@ -291,6 +297,10 @@ def save_model(model, tokenizer, folder):
     The files are written into a folder beside and moved into place one by one, the weights last.
     """
     check_finite(model, "training diverged: weights are NaN or infinite; use a lower --lr")
+    if dist.is_initialized():  # from here on rank 0 works alone
+        dist.destroy_process_group()
+        if RANK:
+            raise SystemExit(0)
     replace_layers(model, LoRA, merged)
     new = Path(folder) / "model.new"
     shutil.rmtree(new, ignore_errors=True)
@@ -465,11 +475,53 @@ def split_by_prompt(rows, count=16):
     return rows, test, held_out
 
 
+# --------------------------------------------------------------------------- several processes
+
+
+def start_ranks(args):
+    """Join the processes that torchrun has started, if it has. Only rank 0 prints, also bars."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl",
+                                timeout=timedelta(minutes=5))
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
+            sys.stderr.isatty = lambda: False
+
+
+def share(items):
+    """The items that this process works on: every world-size-th, beginning with its rank."""
+    return items[RANK::dist.get_world_size()] if dist.is_initialized() else items
+
+
+def gather(item):
+    """The items of all processes, in a list: [item] without torchrun. Tensors must be on a CPU."""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def add_gradients(model):
+    """Make the gradient the sum over all processes. One that had no part of the batch adds 0."""
+    for weight in model.parameters():
+        if dist.is_initialized() and weight.requires_grad:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)
+
+
 # ---------------------------------------------------------------------------- a run's folder
 
 
 def open_folder(args):
     """Make --out and write args.json there. With --resume a state has to be there already."""
+    start_ranks(args)
+    if RANK:
+        return
     folder = Path(args.out)
     state = folder / "state.pt"
     if folder.resolve() == TINY:
@@ -504,6 +556,8 @@ def lock(path, message):
 
 def open_log(folder, step):
     """metrics.jsonl, opened for appending after the lines of the first `step` steps."""
+    if RANK:
+        return open(os.devnull, "w")
     path = Path(folder) / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:step]) if step else "")
     return path.open("a", buffering=1)  # line by line, so that a kill loses nothing
@@ -518,6 +572,8 @@ def fingerprint(args, examples):
 
 def save_state(folder, model, optimizer, **rest):
     """Write all that --resume needs. A kill while writing leaves the state before it intact."""
+    if RANK:
+        return
     try:
         torch.save(dict(rest, model=model.state_dict(), optimizer=optimizer.state_dict()),
                    f"{folder}/state.new")

@@ -36,9 +36,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, get_text, launch, load_model, load_state, open_folder,
-                   open_log, read_jsonl, read_row, report, save_model, save_state, say,
-                   split_by_prompt)
+from model import (add_gradients, fail, fingerprint, gather, get_text, launch, load_model,
+                   load_state, open_folder, open_log, read_jsonl, read_row, report, save_model,
+                   save_state, say, share, split_by_prompt)
 
 # ------------------------------------------------------------------ rewards, advantages, losses
 # Tensors are (B, R): a row for each of B responses, as long as the longest of them. The mask is
@@ -227,15 +227,21 @@ def split_batch(groups, max_tokens):
     return parts
 
 
+def merge(shares):
+    """The values of {index: value}, of which each process has a share, sorted by their indices."""
+    whole = {index: value for own in gather(shares) for index, value in own.items()}
+    return [whole[index] for index in sorted(whole)]
+
+
 @torch.no_grad()
 def per_token(function, model, sequences, max_tokens):
     """function(model, sequences) without gradient, part by part: (B, R)."""
-    rows = [None] * len(sequences)
-    parts = split_batch([[sequence] for sequence in sequences], max_tokens)
+    rows = {}
+    parts = share(split_batch([[sequence] for sequence in sequences], max_tokens))
     for part in tqdm(parts, "log-probs", leave=False, disable=None):
         for b, row in zip(part, function(model, [sequences[b] for b in part])):
-            rows[b] = row
-    return pad_sequence(rows, batch_first=True)
+            rows[b] = row.cpu()
+    return pad_sequence(merge(rows), batch_first=True).to(model.device)
 
 
 @torch.no_grad()
@@ -289,12 +295,13 @@ NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
 # Words that the true reward counts, too: models that have read more than reviews use them.
-PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
-                     "fantastic fascinating fun good great happy impressed impressive incredible "
-                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
-BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
-                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
-                    "stupid tired ugly waste weird worse worst wrong").split()
+PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
+                     "exciting fabulous fantastic fascinating fun good great happy impressed "
+                     "impressive incredible inspiring interesting love lovely loved masterpiece "
+                     "nice perfect powerful special stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hate hated horrible "
+                    "lacked lame mediocre mess pointless poor poorly predictable ridiculous ruined "
+                    "sad silly strange stupid tired ugly waste weird worse worst wrong").split()
 
 
 def toy_prompts(small=True):
@@ -370,7 +377,10 @@ def rollout(policy, reward, tokenizer, prompts, seed, args):
     is not small hardly any ends, so there the words count that have been written.)
     """
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    responses = sample(policy, tokenizer, ids, args.max_new_tokens, seed)
+    mine = share(range(len(ids)))  # with torchrun, each process samples for its share of them
+    drawn = sample(policy, tokenizer, [ids[i] for i in mine], args.max_new_tokens,
+                   seed + mine.start)
+    responses = merge(dict(zip(mine, drawn)))
     texts = [tokenizer.decode(response) for response in responses]
     if reward:
         model, own, mean, sd = reward
@@ -447,8 +457,9 @@ def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
     if beta:
         rewards = torch.cat([side.view(P, n) for side in scores], 1)  # (P, 2n)
         after |= yardstick(rewards, new, old, beta)
+    old_texts, new_texts = texts
     samples = [{"prompt": prompt, "before": old_text, "after": new_text}
-               for prompt, old_text, new_text in zip(prompts, texts[0][::n], texts[1][::n])]
+               for prompt, old_text, new_text in zip(prompts, old_texts[::n], new_texts[::n])]
     return before, after, samples
 
 
@@ -519,13 +530,14 @@ def train(args):
         # 7. A few passes over the rollout, in minibatches. Losses are means over the tokens of a
         # minibatch, and each of its parts contributes its share to the gradient.
         optimizer.param_groups[0]["lr"] = row["lr"] = peak_lr * schedule(step, args.steps)
-        seen, ptx_losses, norms = [], [], []
+        seen, ptx_losses, norms = [torch.zeros(3, device=policy.device)], [], []
         B = len(sequences)
         size = math.ceil(B / args.minibatches)
         orders = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
         for minibatch in [order[i:i + size] for order in orders for i in range(0, B, size)]:
             tokens = mask[minibatch].sum()
-            for part in split_batch([[sequences[b]] for b in minibatch], args.max_tokens):
+            parts = split_batch([[sequences[b]] for b in minibatch], args.max_tokens)
+            for part in share(parts):
                 part = [minibatch[g] for g in part]
                 batch = [sequences[b] for b in part]
                 logps = token_logps(policy, batch)  # (b, r)
@@ -542,11 +554,12 @@ def train(args):
             # PPO-ptx (InstructGPT, Eq. 2): also the likelihood of texts like those of pretraining.
             texts = rng.choices(ptx, k=len(minibatch)) if ptx else []
             tokens = sum(len(text) for _, text in texts)
-            for text in texts:
+            for text in share(texts):
                 loss = -token_logps(policy, [text]).sum() / tokens
                 (args.ptx_coef * loss).backward()
                 ptx_losses.append(loss.detach())
 
+            add_gradients(networks)
             # A state is saved before the first update, with weights that gave a finite gradient.
             norms.append([float(clip_grad_norm_(network.parameters(), args.max_grad_norm))
                           for network in networks])
@@ -569,10 +582,11 @@ def train(args):
                 "policy/entropy": -float(old_logps.sum() / mask.sum()),
                 "value/explained_variance": 1 - float(unexplained)}
         names = "policy/loss", "value/loss", "policy/clip_fraction"
-        row |= zip(names, (torch.stack(seen).sum(0) / len(norms)).tolist())
+        seen = sum(gather(sum(seen).cpu()))  # (3,) each -> (3,)
+        row |= zip(names, (seen / len(norms)).tolist())
         row |= zip(["policy/grad_norm", "value/grad_norm"], torch.tensor(norms).mean(0).tolist())
         if ptx:
-            row["ptx/loss"] = float(sum(ptx_losses)) / len(norms)
+            row["ptx/loss"] = sum(gather(float(sum(ptx_losses)))) / len(norms)
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(score=row["scores/mean"], kl=float(k1))
         if args.kl_target:

@@ -32,8 +32,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
+from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
+                   share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -164,12 +165,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
 POSITIVE = "amazing brilliant charming delightful funny gripping moving superb wonderful".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 # Words that the true reward counts, too: models that have read more than reviews use them.
-PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
-                     "fantastic fascinating fun good great happy impressed impressive incredible "
-                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
-BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
-                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
-                    "stupid tired ugly waste weird worse worst wrong").split()
+PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
+                     "exciting fabulous fantastic fascinating fun good great happy impressed "
+                     "impressive incredible inspiring interesting love lovely loved masterpiece "
+                     "nice perfect powerful special stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hate hated horrible "
+                    "lacked lame mediocre mess pointless poor poorly predictable ridiculous ruined "
+                    "sad silly strange stupid tired ugly waste weird worse worst wrong").split()
 
 
 def toy_prompts(small=True):
@@ -320,6 +322,7 @@ def train(args):
     else:
         rows = toy_rankings(*load_model(args.policy or args.model, device=args.device),
                             args.rankings, args.k, args.seed)
+        rows = gather(rows)[0]  # those of rank 0
     rows, held_out, _ = split_by_prompt(encode_rankings(tokenizer, rows, args), 200)
     tokenizer.show(*rows[0]["group"][0])
 
@@ -344,7 +347,7 @@ def train(args):
     for step in progress:
         # 5. The loss and its gradient, part by part.
         batch, losses = batches[step], []
-        for part in split_batch([row["group"] for row in batch], args.max_tokens):
+        for part in share(split_batch([row["group"] for row in batch], args.max_tokens)):
             rewards, ranks = score_rows(model, [batch[b] for b in part])  # (b, K) each
             if args.loss == "ranking":
                 loss = ranking_loss(rewards, ranks)  # (b,)
@@ -356,6 +359,7 @@ def train(args):
             losses.append(loss.detach())
 
         # 6. The update. A state is saved before it, with weights that gave a finite loss.
+        add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -367,7 +371,7 @@ def train(args):
 
         # 7. What to watch.
         row = {"step": step + 1, "lr": lr, "grad_norm": norm,
-               "loss": float(sum(losses))}
+               "loss": sum(gather(float(sum(losses))))}
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=row["loss"])
 

@@ -29,8 +29,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
+from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
+                   share, split_by_prompt)
 
 # ------------------------------------------------------------------------------------ the loss
 
@@ -143,7 +144,7 @@ def batch_losses(model, examples, max_tokens):
     tokens, a part with short responses would count too much.
     """
     tokens = sum(len(response) for _, response in examples)
-    for part in split_batch([[example] for example in examples], max_tokens):
+    for part in share(split_batch([[example] for example in examples], max_tokens)):
         logps, _ = response_logps(model, [examples[i] for i in part])  # (b,), summed over tokens
         yield sft_loss(logps, torch.ones_like(logps), normalizer=tokens)
 
@@ -199,12 +200,13 @@ NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
 # Words that the true reward counts, too: models that have read more than reviews use them.
-PRAISE = POSITIVE + ("beautiful best cool enjoyable enjoyed entertaining excellent exciting "
-                     "fantastic fascinating fun good great happy impressed impressive incredible "
-                     "inspiring interesting lovely loved nice perfect powerful stunning").split()
-BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hated horrible "
-                    "lacked mediocre mess poor predictable ridiculous sad silly strange "
-                    "stupid tired ugly waste weird worse worst wrong").split()
+PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
+                     "exciting fabulous fantastic fascinating fun good great happy impressed "
+                     "impressive incredible inspiring interesting love lovely loved masterpiece "
+                     "nice perfect powerful special stunning").split()
+BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed hate hated horrible "
+                    "lacked lame mediocre mess pointless poor poorly predictable ridiculous ruined "
+                    "sad silly strange stupid tired ugly waste weird worse worst wrong").split()
 
 
 def toy_prompts(small=True):
@@ -275,7 +277,8 @@ def encode_demonstrations(tokenizer, rows, args):
 def evaluate(model, tokenizer, rows, args):
     """The loss on held-out rows, the true quality of samples (toy only), and the samples."""
     examples = [row["example"] for row in rows]
-    metrics = {"loss": float(sum(batch_losses(model, examples, args.max_tokens)))}
+    loss = float(sum(batch_losses(model, examples, args.max_tokens)))
+    metrics = {"loss": sum(gather(loss))}
     prompts = [prompt for prompt, _ in examples[:8 if args.data else None]]
     responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed)
     texts = [tokenizer.decode(response) for response in responses]
@@ -334,6 +337,7 @@ def train(args):
             loss += part.detach()
 
         # 6. The update. A state is saved before it, with weights that gave a finite loss.
+        add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -344,7 +348,7 @@ def train(args):
         optimizer.zero_grad()
 
         # 7. What to watch.
-        row = {"step": step + 1, "lr": lr, "grad_norm": norm, "loss": float(loss)}
+        row = {"step": step + 1, "lr": lr, "grad_norm": norm, "loss": sum(gather(float(loss)))}
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=row["loss"])
 

@@ -30,8 +30,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
+from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
+                   share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The inputs of each loss, all (B,): log-probs of whole responses, summed over their tokens with
@@ -175,10 +176,11 @@ def split_batch(groups, max_tokens):
 def score(model, groups, max_tokens):
     """Summed log-probs of groups of K sequences, without gradient: (len(groups), K)."""
     logps = torch.zeros(len(groups), len(groups[0]))
-    for part in tqdm(split_batch(groups, max_tokens), "log-probs", leave=False, disable=None):
+    parts = share(split_batch(groups, max_tokens))
+    for part in tqdm(parts, "log-probs", leave=False, disable=None):
         flat, _ = response_logps(model, [sequence for g in part for sequence in groups[g]])
         logps[part] = flat.view(len(part), -1).cpu()  # (b*K,) -> (b, K)
-    return logps
+    return sum(gather(logps))  # a process leaves 0 where it had no part
 
 
 @torch.no_grad()
@@ -372,6 +374,7 @@ def train(args):
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
         rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed)
+        rows = gather(rows)[0]  # those of rank 0
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
     pairs = [row["pair"] for row in rows]
     tokenizer.show(*pairs[0][0])
@@ -392,8 +395,8 @@ def train(args):
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
         # 4. The loss and its gradient, part by part.
-        batch, seen = batches[step], []
-        for part in split_batch(batch, args.max_tokens):
+        batch, seen = batches[step], [torch.zeros(0, 3, device=model.device)]
+        for part in share(split_batch(batch, args.max_tokens)):
             sequences = [sequence for g in part for sequence in batch[g]]
             # Sums of log-probs, and lengths: (2b,) -> (b, 2) each
             logps, lengths = (x.view(-1, 2) for x in response_logps(model, sequences))
@@ -413,8 +416,10 @@ def train(args):
             seen.append(torch.cat([loss[:, None], rewards], 1).detach())  # (b, 3)
 
         # 5. The update. A state is saved before it, with weights that gave a finite loss.
+        add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
-        loss, chosen, rejected = torch.cat(seen).cpu().unbind(1)  # (b, 3) each -> (B,) each
+        seen = torch.cat(gather(torch.cat(seen).cpu()))  # (b, 3) each -> (B, 3)
+        loss, chosen, rejected = seen.unbind(1)  # (B,) each
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:

@@ -184,8 +184,7 @@ def stopped(reward, tmp_path_factory):
 @pytest.mark.parametrize("kind, fragment", [
     ("no state", "no interrupted run"), ("other flags", "another value of --seed"),
     ("other data", "another value of the data"), ("other shape", "no state of this script"),
-    ("noise", "no state of this script"), ("half", "no state of this script"),
-    ("a list", "no state of this script"), ("another script", "--resume")])
+    ("half", "no state of this script"), ("another script", "--resume")])
 def test_resume_refuses_what_is_no_state_of_this_run(script, kind, fragment, stopped, reward,
                                                      tmp_path, capsys):
     (folder, data), out = stopped(script), tmp_path / "run"
@@ -199,10 +198,8 @@ def test_resume_refuses_what_is_no_state_of_this_run(script, kind, fragment, sto
         content = torch.load(state, weights_only=True)
         content["model"] = {name: w[..., :1] for name, w in content["model"].items()}
         torch.save(content, state)
-    elif kind in ("noise", "half"):
-        state.write_bytes(b"noise" if kind == "noise" else state.read_bytes()[:5000])
-    elif kind == "a list":
-        torch.save([1], state)
+    elif kind == "half":
+        state.write_bytes(state.read_bytes()[:5000])
     elif kind == "another script":
         shutil.copy(stopped("dpo" if script == "sft" else "sft")[0] / "state.pt", state)
     seed = "--seed 1" if kind == "other flags" else ""

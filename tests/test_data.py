@@ -5,7 +5,6 @@ import json
 import math
 import random
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -141,12 +140,10 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     prompts, large = ["A", "Bb", "C"], SimpleNamespace(small=False)
     reward = (*judge, 1.0, 2.0)  # reward model, its tokenizer, and what scores are normalised with
     sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
-    rows = [{"group": [judge[1].encode_example(prompt, text, 512)], "ranks": [1]}
-            for prompt, text in zip(prompts, texts[:2])]
-    assert [row["group"][0] for row in rows] == sequences[:2]
-    trained = reward_model.score_rows(judge[0], rows)[0].flatten().tolist()
-    expected = [*((score - 1) / 2 for score in trained), -1]
-    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    group = [judge[1].encode_example(*pair, 512) for pair in zip(prompts, texts[:2])]
+    trained = reward_model.reward_scores(judge[0], group).tolist()
+    assert group == sequences[:2]
+    assert scores.tolist() == pytest.approx([*((r - 1) / 2 for r in trained), -1], abs=1e-5)
     assert means["samples/without_eos"] == pytest.approx(1 / 3)
     responses[1].pop()  # now most of them have not ended
     assert ppo_rlhf.rollout(large, None, tiny[1], prompts, 0, a())[1].tolist() == [-1, 2, 0]
@@ -165,7 +162,7 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     (tmp_path / "data").write_text('{"prompt": "A"}\n{"prompt": "B"}')
     flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path} --n 3".split()
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(on_policy_pairs.os, "replace", Mock(side_effect=OSError))
+        patch.setattr(on_policy_pairs.os, "replace", lambda *_: open(tmp_path))
         on_policy_pairs.main(flags)
     assert not [*tmp_path.glob("pairs*"), *tmp_path.glob("samples*")]
     on_policy_pairs.main(flags)

@@ -224,7 +224,7 @@ def test_more_than_a_matrix_after_the_hidden_states(config, changes, weights, tm
     ("reward model", "this is a reward model"), ("no EOS", "no EOS token"),
     ("reward model without a head", "lack score.weight"), ("pickled weights", "only pickled"),
     ("pickled by index", "names pickled"),
-    ("no tokenizer", "tokenizer"), ("unknown kind", "cannot load"), ("noise", "cannot load")])
+    ("no tokenizer", "tokenizer"), ("noise", "cannot load")])
 def test_broken_folder(kind, fragment, tmp_path, capsys):
     """A model folder that does not fit is named, with what is wrong with it."""
     folder, head = tmp_path / "broken", "lm"
@@ -254,8 +254,6 @@ def test_broken_folder(kind, fragment, tmp_path, capsys):
     elif kind == "no tokenizer":
         for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
             (folder / name).unlink()
-    elif kind == "unknown kind":
-        edit(folder / "config.json", model_type="abacus")
     refused(capsys, fragment, folder, head)
 
 

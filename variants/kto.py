@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from dpo import evaluate, response_logps, schedule, score, split_batch, toy_pairs
 from dpo import parse_args as parse_dpo_args
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
+from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
+                   share, split_by_prompt)
 
 # ----------------------------------------------------------------------------------- the loss
 
@@ -109,7 +110,7 @@ def train(args):
     if args.data:
         rows = [read_row(row, tokenizer, *labels_of(row)) for row in read_jsonl(args.data)]
     else:
-        rows = toy_pairs(model, tokenizer, args.pairs, args.seed)
+        rows = gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
     pool = encode_examples(tokenizer, rows, args)
     examples, held_out, prompts = split_by_prompt(pool)
     groups = add_mismatched(tokenizer, examples, pool, args)
@@ -135,12 +136,12 @@ def train(args):
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
         # 5. The reference point: how far the policy has moved on mismatched responses.
-        batch, seen = batches[step], []
+        batch, seen = batches[step], [torch.zeros(4, 0, device=model.device)]
         mismatched = score(model, [[groups[i][1]] for i in batch], args.max_tokens)  # (B, 1)
         kl = (mismatched[:, 0] - reference_logps[batch, 1]).mean().clamp(min=0)  # (B,) -> ()
 
         # 6. The loss and its gradient, part by part.
-        for part in split_batch([[groups[i][0]] for i in batch], args.max_tokens):
+        for part in share(split_batch([[groups[i][0]] for i in batch], args.max_tokens)):
             part = [batch[g] for g in part]
             logps, _ = response_logps(model, [groups[i][0] for i in part])  # (b,)
             reference = reference_logps[part, 0].to(model.device)  # (b,)
@@ -152,8 +153,10 @@ def train(args):
             seen.append(torch.stack([loss, logps, rewards, good]).detach())  # (4, b)
 
         # 7. The update. A state is saved before it, with weights that gave a finite loss.
+        add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        loss, logps, rewards, good = torch.cat(seen, 1).cpu()  # (4, b) each -> (B,) each
+        seen = torch.cat(gather(torch.cat(seen, 1).cpu()), 1)  # (4, b) each -> (4, B)
+        loss, logps, rewards, good = seen  # (B,) each
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:

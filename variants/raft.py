@@ -27,8 +27,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder,
-                   open_log, report, save_model, save_state)
+from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+                   open_folder, open_log, report, save_model, save_state, share)
 from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_parser, per_token,
                       rollout, schedule, split_batch, token_logps, toy_grammatical, toy_reward,
                       yardstick)
@@ -138,11 +138,13 @@ def train(args):
         for minibatch in [order[i::args.minibatches]
                           for order in passes for i in range(min(args.minibatches, P))]:
             tokens = sum(len(response) for _, response in minibatch)
-            for part in split_batch([[sequence] for sequence in minibatch], args.max_tokens):
+            parts = split_batch([[sequence] for sequence in minibatch], args.max_tokens)
+            for part in share(parts):
                 loss = -token_logps(policy, [minibatch[g] for g in part]).sum() / tokens
                 loss.backward()
                 losses.append(loss.detach())
 
+            add_gradients(policy)
             # A state is saved before the first update, with weights that gave a finite gradient.
             norms.append(float(clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
             if not math.isfinite(norms[-1]):
@@ -157,7 +159,7 @@ def train(args):
                 "kl/policy_reference": float(k1),
                 "kl/k3": float(k3),
                 "scores/std_per_prompt": float(scores.std(1, correction=0).mean()),
-                "policy/loss": float(sum(losses)) / len(norms),
+                "policy/loss": sum(gather(float(sum(losses)))) / len(norms),
                 "policy/entropy": -float(logps.sum() / mask.sum()),
                 "policy/grad_norm": sum(norms) / len(norms)}
         log.write(json.dumps(row) + "\n")

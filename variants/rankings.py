@@ -27,8 +27,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, report, save_model, save_state, split_by_prompt)
+from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, report, save_model, save_state, share,
+                   split_by_prompt)
 from reward_model import read_ranking
 from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule, split_batch,
                    toy_summaries)
@@ -118,6 +119,7 @@ def train(args):
         rows = read_rankings(args.data, tokenizer)
     else:
         rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed, k=4)
+        rows = gather(rows)[0]  # those of rank 0
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
     rankings = encode_rankings(tokenizer, rows, args)
     tokenizer.show(*rows[0]["pair"][0])
@@ -138,8 +140,8 @@ def train(args):
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
         # 4. The loss and its gradient, part by part.
-        batch, seen = batches[step], []
-        for part in split_batch([row["sequences"] for row in batch], args.max_tokens):
+        batch, seen = batches[step], [torch.zeros(0, 3, device=model.device)]
+        for part in share(split_batch([row["sequences"] for row in batch], args.max_tokens)):
             flat = [sequence for g in part for sequence in batch[g]["sequences"]]
             scores = [torch.tensor(batch[g]["scores"], device=model.device) for g in part]
             scores = pad_sequence(scores, batch_first=True, padding_value=-1)  # (b, K)
@@ -157,8 +159,10 @@ def train(args):
             seen.append(torch.cat([loss[:, None], means[:, :1], worst], 1).detach())  # (b, 3)
 
         # 5. The update. A state is saved before it, with weights that gave a finite loss.
+        add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
-        loss, best, worst = torch.cat(seen).cpu().unbind(1)  # (b, 3) each -> (B,) each
+        seen = torch.cat(gather(torch.cat(seen).cpu()))  # (b, 3) each -> (B, 3)
+        loss, best, worst = seen.unbind(1)  # (B,) each
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:

@@ -1,0 +1,84 @@
+"""Two processes, started by torchrun, on the CPU: the same result as one."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+# Each line of a file is a run. Both processes keep the weights that it ends with. The last run is
+# stopped in its fourth update, resumed, and the only one that evaluates and saves its model.
+CODE = """
+import importlib, sys, torch, model
+lines, step = open(sys.argv[1]).read().splitlines(), torch.optim.AdamW.step
+for line in lines:
+    script, *flags = line.split()
+    module, updates = importlib.import_module(script), []
+    def keep(network, tokenizer, folder):
+        torch.save(network.state_dict(), f"{folder}/rank{model.RANK}")
+        model.save_model(network, tokenizer, folder) if line == lines[-1] else sys.exit()
+    def stop(*args):
+        updates.append(0)
+        return step(*args) if len(updates) < 4 or line != lines[-1] else sys.exit()
+    module.save_model, torch.optim.AdamW.step = keep, stop
+    try:
+        module.main(flags)
+    except SystemExit:
+        torch.optim.AdamW.step = step
+module.main([*flags, "--resume"])
+"""
+
+
+def torchrun(code, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "--no_python", sys.executable, "-c", code, *map(str, flags)],
+        cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """For a few steps, in batches of three parts or fewer, which two processes share unequally."""
+    rows = [{"prompt": f"I saw film number {i}.", "chosen": " It was superb." + " So funny." * i,
+             "rejected": " It was dull.", "completion": " The cast was moving." * (1 + i % 3)}
+            for i in range(12)]
+    (tmp_path / "d").write_text("\n".join(map(json.dumps, rows)))
+    return f"--steps=6 --batch_size=5 --device=cpu --max_new_tokens=9 --data={tmp_path}/d".split()
+
+
+def test_two_processes_end_as_one(flags, tmp_path):
+    """Both hold equal weights, bit for bit, also if they were stopped and resumed; one process
+    ends with the same, up to the order in which gradients are added."""
+    runs = {"sft": ["--max_tokens=90"], "simpo": ["--max_tokens=99"], "dpo": ["--max_tokens=150"]}
+    lines = [f"ppo_rlhf --steps=2 --batch_size=6 --n=2 --device=cpu --out={tmp_path}/ppo"]
+    lines += [f"{name} {' '.join(flags + more)} --out={tmp_path}/{name}"
+              for name, more in runs.items()]
+    lines += [lines[-1] + "_resumed --save_every=2"]
+    (tmp_path / "lines").write_text("\n".join(lines))
+    done = torchrun(CODE, tmp_path / "lines")
+    assert done.stdout.count("All that this run has made") == 1, done.stderr
+    ends = {path.parent.name: [torch.load(path.with_name(f"rank{i}")) for i in (0, 1)]
+            for path in tmp_path.glob("*/rank0")}
+    assert len(ends) == 5
+    for first, second in [*ends.values(), (ends["dpo"][0], ends["dpo_resumed"][0])]:
+        assert all(map(torch.equal, first.values(), second.values()))
+    for script, more in runs.items():
+        module, out = importlib.import_module(script), tmp_path / f"{script}_alone"
+        module.main([*flags, *more, f"--out={out}"])
+        alone, start = (module.load_model(name)[0].state_dict() for name in (str(out), "tiny"))
+        moved = sum(float((alone[name] - start[name]).square().sum()) for name in start)
+        error = sum(float((alone[name] - ends[script][0][name]).square().sum()) for name in start)
+        assert error < 1e-6 * moved
+        logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                for folder in (out, tmp_path / script)]
+        assert all(one == pytest.approx(two, rel=1e-3, abs=1e-4) for one, two in zip(*logs))
+
+
+def test_a_process_that_fails_ends_all_with_its_line(flags, tmp_path):
+    code = ("import sys, dpo, model\nif model.RANK: dpo.schedule = lambda *_: model.fail('bad')\n"
+            "dpo.main(sys.argv[1:])")
+    done = torchrun(code, *flags, f"--out={tmp_path}/out")
+    assert done.returncode and done.stderr.count("error: bad") == 1, done.stderr
