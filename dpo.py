@@ -16,7 +16,7 @@ and what is left is a loss on the policy itself, without a reward model and with
     python dpo.py --loss ipo                         # or rdpo; cDPO is --label_smoothing 0.1
 
 Departures from the paper: AdamW instead of RMSprop; the learning rate falls to 0; the reference's
-log-probs are computed once, before training, so that only one model is in memory.
+log-probs are computed once, before training, which then needs only one model in memory.
 """
 
 import argparse
@@ -95,7 +95,8 @@ class GatherLogps(torch.autograd.Function):
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
             softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
             grad_hidden.addmm_(softmax, w)
-            grad_w.addmm_(softmax.T, hidden)
+            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
+                grad_w.addmm_(softmax.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -145,9 +146,10 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together. Groups of similar length share a part, so
-    there is little padding. The gradients of the parts add up to that of the batch: memory is
-    bounded by max_tokens, whatever the batch size. Returns lists of indices into groups.
+    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
+    similar length share a part, so there is little padding. The gradients of the parts add up to
+    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
     parts, rows = [[]], 0
@@ -310,7 +312,7 @@ def yardstick(rewards, policy, reference, beta):
     """How near J = E[r] - beta KL(pi || pi_ref) comes to its maximum over all policies, J*.
 
     rewards, policy, reference: (P, 2n). For each of P prompts: n samples of the reference, then n
-    of the policy, with their true rewards and their log-probs under policy and reference.
+    of the policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
     """
@@ -434,7 +436,7 @@ def train(args):
                                                rejected - reference_rejected])  # (2, b)
             seen.append(torch.stack([loss, chosen, rejected, *rewards]).detach())  # (5, b)
 
-        # 6. The update. A state is saved before it, with weights that gave a finite loss.
+        # 6. The update. A state is saved before it, with weights that gave a finite gradient.
         add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         seen = torch.cat(gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)

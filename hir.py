@@ -145,9 +145,10 @@ def output_statistics(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together. Groups of similar length share a part, so
-    there is little padding. The gradients of the parts add up to that of the batch: memory is
-    bounded by max_tokens, whatever the batch size. Returns lists of indices into groups.
+    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
+    similar length share a part, so there is little padding. The gradients of the parts add up to
+    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
     parts, rows = [[]], 0
@@ -423,7 +424,7 @@ def train(args):
             right = (logps[:, :1] > logps[:, 1:]).all(1)  # (b, 1) > (b, C-1) -> (b,)
             seen.append(torch.stack([loss, entropy[:, 0], logps[:, 0], right]).detach())  # (4, b)
 
-        # 6. The update. A state is saved before it, with weights that gave a finite loss.
+        # 6. The update. A state is saved before it, with weights that gave a finite gradient.
         norm = float(torch.nn.utils.clip_grad_norm_(weights, 1.0))
         seen = torch.cat(seen, 1).cpu()  # (4, b) each -> (4, B)
         if not math.isfinite(norm):

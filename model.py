@@ -526,6 +526,11 @@ def open_folder(args):
     state = folder / "state.pt"
     if folder.resolve() == TINY:
         fail(f"--out {args.out}: the embedded model lies there; give another folder")
+    for flag in ("model", "reference", "policy", "generator", "reward_model", "judge"):
+        name = getattr(args, flag, None)
+        if name and folder.exists() and folder.resolve() == Path(name).resolve():
+            fail(f"--out {args.out}: this is also --{flag}, which the run would overwrite; give "
+                 "another folder")
     if args.resume and not state.is_file():
         fail(f"--resume: no interrupted run in {folder}; start one without --resume")
     try:

@@ -152,7 +152,8 @@ class GatherLogps(torch.autograd.Function):
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
             softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
             grad_hidden.addmm_(softmax, w)
-            grad_w.addmm_(softmax.T, hidden)
+            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
+                grad_w.addmm_(softmax.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -212,9 +213,10 @@ def token_values(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together. Groups of similar length share a part, so
-    there is little padding. The gradients of the parts add up to that of the batch: memory is
-    bounded by max_tokens, whatever the batch size. Returns lists of indices into groups.
+    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
+    similar length share a part, so there is little padding. The gradients of the parts add up to
+    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
     parts, rows = [[]], 0
@@ -348,10 +350,11 @@ def load_prompts(tokenizer, small, args):
 
 
 def load_reward(reference, tokenizer, prompts, args):
-    """(reward model, its tokenizer, mean, SD): the scores of 256 samples of the reference.
+    """(reward model, its tokenizer, mean and SD of its scores on 256 samples of the reference).
 
-    Rewards become (score - mean) / SD, so that beta and --missing_eos_score mean the same for all
-    reward models. Without --reward_model the result is None: the toy's true reward.
+    Only samples that end count. Rewards become (score - mean) / SD, so that beta and
+    --missing_eos_score mean the same for all reward models. Without --reward_model the result is
+    None: the toy's true reward.
     """
     if not args.reward_model:
         return None
@@ -379,7 +382,7 @@ def rollout(policy, reward, tokenizer, prompts, seed, args):
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     mine = share(range(len(ids)))  # with torchrun, each process samples for its share of them
     drawn = sample(policy, tokenizer, [ids[i] for i in mine], args.max_new_tokens,
-                   seed + mine.start)
+                   seed + mine.start) if mine else []
     responses = merge(dict(zip(mine, drawn)))
     texts = [tokenizer.decode(response) for response in responses]
     if reward:
@@ -417,7 +420,7 @@ def yardstick(rewards, policy, reference, beta):
     """How near J = E[r] - beta KL(pi || pi_ref) comes to its maximum over all policies, J*.
 
     rewards, policy, reference: (P, 2n). For each of P prompts: n samples of the reference, then n
-    of the policy, with their true rewards and their log-probs under policy and reference.
+    of the policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
     """

@@ -101,9 +101,10 @@ def score_rows(model, rows):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together. Groups of similar length share a part, so
-    there is little padding. The gradients of the parts add up to that of the batch: memory is
-    bounded by max_tokens, whatever the batch size. Returns lists of indices into groups.
+    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
+    similar length share a part, so there is little padding. The gradients of the parts add up to
+    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
     parts, rows = [[]], 0
@@ -358,7 +359,7 @@ def train(args):
             loss.backward()
             losses.append(loss.detach())
 
-        # 6. The update. A state is saved before it, with weights that gave a finite loss.
+        # 6. The update. A state is saved before it, with weights that gave a finite gradient.
         add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         if not math.isfinite(norm):

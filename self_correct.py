@@ -115,7 +115,8 @@ class GatherLogps(torch.autograd.Function):
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
             softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
             grad_hidden.addmm_(softmax, w)
-            grad_w.addmm_(softmax.T, hidden)
+            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
+                grad_w.addmm_(softmax.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -165,9 +166,10 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together. Groups of similar length share a part, so
-    there is little padding. The gradients of the parts add up to that of the batch: memory is
-    bounded by max_tokens, whatever the batch size. Returns lists of indices into groups.
+    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
+    similar length share a part, so there is little padding. The gradients of the parts add up to
+    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
     parts, rows = [[]], 0
@@ -434,7 +436,7 @@ def train(args):
             part_loss.backward()
             loss += part_loss.detach()
 
-        # 8. The update. A state is saved before it, with weights that gave a finite loss.
+        # 8. The update. A state is saved before it, with weights that gave a finite gradient.
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")

@@ -125,7 +125,7 @@ def test_bad_input(script, name, reward, tmp_path, capsys):
 
 @each_script
 @pytest.mark.parametrize("kind", ["tiny", "file", "below", "state.pt", "metrics.jsonl", "link",
-                                  "args.json"])
+                                  "args.json", "model"])
 def test_out_that_cannot_be_used(script, kind, reward, tmp_path, capsys):
     """The embedded model, a file, a folder with odd contents, a dangling link: nothing is lost."""
     out, data = tmp_path / "run", write(tmp_path / "data", rows(script))
@@ -140,7 +140,8 @@ def test_out_that_cannot_be_used(script, kind, reward, tmp_path, capsys):
         (out / kind).mkdir(parents=True)
     place = {"tiny": hub.TINY, "below": out / "below"}.get(kind, out)
     before = [path.stat().st_mtime for path in hub.TINY.iterdir()]
-    fails(capsys, f"--out {place}", script, place, data, "", reward)
+    same = f"--model {out}" * (kind == "model")
+    fails(capsys, f"--out {place}", script, place, data, same, reward)
     assert [path.stat().st_mtime for path in hub.TINY.iterdir()] == before
     mine = {"file": out, "below": out, "args.json": tmp_path / "mine"}.get(kind)
     assert mine is None or mine.read_text() == "mine"

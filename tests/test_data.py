@@ -160,27 +160,26 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(on_policy_pairs, "sample", lambda *_: responses)
     save_model(*judge, tmp_path)
     (tmp_path / "data").write_text('{"prompt": "A"}\n{"prompt": "B"}')
-    flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path} --n 3".split()
+    flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path}/on --n 3".split()
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(on_policy_pairs.os, "replace", lambda *_: open(tmp_path))
         on_policy_pairs.main(flags)
-    assert not [*tmp_path.glob("pairs*"), *tmp_path.glob("samples*")]
+    assert not list(tmp_path.glob("on/[ps]a*"))
     on_policy_pairs.main(flags)
     assert "1 pairs; left out: 0 prompts without room for --max_new_tokens, 1 whose" in (
         capsys.readouterr().out)
-    pair, samples = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-                     for name in ("pairs.jsonl", "samples.jsonl"))
+    pair, samples = (read_jsonl(tmp_path / f"on/{name}.jsonl") for name in ("pairs", "samples"))
     group = [judge[1].encode_example("A", text.removesuffix(" The"), 512) for text in texts[:3]]
     scores = reward_model.score_rows(judge[0], [{"group": group, "ranks": [1, 2, 3]}])[0][0]
     assert [row["score"] for row in samples[:3]] == pytest.approx(scores.tolist(), abs=1e-4)
     order = sorted(samples[:3], key=lambda row: row["score"])
-    assert pair == [{"prompt": "A", "chosen": order[2]["response"], "rejected":
-                     order[0]["response"], "chosen_score": order[2]["score"],
-                     "rejected_score": order[0]["score"]}]
+    assert pair == [pair[0] | {
+        "prompt": "A", "chosen": order[2]["response"], "rejected": order[0]["response"],
+        "chosen_score": order[2]["score"], "rejected_score": order[0]["score"]}]
     for name, rows in (("a", [order[0], order[2], samples[3]]), ("b", [order[2], order[2]])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    files = [str(tmp_path / "a"), str(tmp_path / "b")]
-    table = win_rate.main([*files, "--judge", str(tmp_path), "--out", str(tmp_path / "out")])
+    files = f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/out"
+    table = win_rate.main(files.split())
     assert table["win_rate"] == 0.75 and table["standard_error"] == pytest.approx(0.25 / 2**0.5)
     assert "2 pairs; 1 rows have no partner" in capsys.readouterr().out
 

@@ -13,15 +13,15 @@ from conftest import ROOT
 
 SCRIPTS = "sft reward_model ppo_rlhf dpo simpo hir self_correct".split()
 VARIANTS = [f"variants.{path.stem}" for path in sorted(ROOT.glob("variants/[a-z]*.py"))]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md"))]
 # Functions of one name that do different things in different scripts.
 OWN = {"train", "evaluate", "parse_args", "make_parser", "toy_review", "toy_warm_up"}
 # Tokens of code that a file may have. More than was hoped for: dpo.py (3,900), reward_model.py
 # (3,100) and ppo_rlhf.py (4,300) have toys for large models, too, and PPO has many parts; model.py
 # (2,300 + 500) reads real data and real chat templates, and says what is wrong with them. Of these
 # numbers about 300 in model.py, and 30 to 130 in five scripts, are for several processes.
-BUDGET = {"sft": 2910, "reward_model": 3210, "dpo": 4140, "simpo": 4020, "ppo_rlhf": 5320,
-          "hir": 3900, "self_correct": 3900, "model": 4200} | dict.fromkeys(VARIANTS, 1610)
+BUDGET = {"sft": 2920, "reward_model": 3210, "dpo": 4150, "simpo": 4030, "ppo_rlhf": 5330,
+          "hir": 3900, "self_correct": 3900, "model": 4260} | dict.fromkeys(VARIANTS, 1610)
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENDMARKER}
 
@@ -96,7 +96,7 @@ def test_suite_and_readme_are_short():
     """At most 3,000 lines of tests, of at most 100 columns, and 250 lines of README."""
     tests = [line for path in ROOT.glob("tests/*.py") for line in path.read_text().splitlines()]
     assert len(tests) <= 3000 and max(map(len, tests)) <= 100
-    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 250
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def commands(text):

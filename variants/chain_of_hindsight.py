@@ -104,7 +104,7 @@ def train(args):
             (loss.sum() / (2 * len(batch))).backward()
             seen.append(torch.stack([loss, entropy, logps]).detach())  # (3, 2b)
 
-        # 5. The update. A state is saved before it, with weights that gave a finite loss.
+        # 5. The update. A state is saved before it, with weights that gave a finite gradient.
         norm = float(torch.nn.utils.clip_grad_norm_(weights, 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")

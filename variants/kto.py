@@ -152,7 +152,7 @@ def train(args):
             rewards = args.beta * (logps - reference)
             seen.append(torch.stack([loss, logps, rewards, good]).detach())  # (4, b)
 
-        # 7. The update. A state is saved before it, with weights that gave a finite loss.
+        # 7. The update. A state is saved before it, with weights that gave a finite gradient.
         add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         seen = torch.cat(gather(torch.cat(seen, 1).cpu()), 1)  # (4, b) each -> (4, B)

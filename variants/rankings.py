@@ -158,7 +158,7 @@ def train(args):
             worst = means.gather(1, mask.sum(1, keepdim=True) - 1)  # (b, K) -> (b, 1)
             seen.append(torch.cat([loss[:, None], means[:, :1], worst], 1).detach())  # (b, 3)
 
-        # 5. The update. A state is saved before it, with weights that gave a finite loss.
+        # 5. The update. A state is saved before it, with weights that gave a finite gradient.
         add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
         seen = torch.cat(gather(torch.cat(seen).cpu()))  # (b, 3) each -> (B, 3)
