@@ -37,7 +37,8 @@ except ImportError:  # Windows
 
 TINY = Path(__file__).resolve().with_name("tiny")
 LORA_ALPHA = 16
-RANK = int(os.environ.get("RANK", 0))  # of this process, among those that torchrun has started
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # of this process
 LOCKS = []  # open files; closing one would end its lock
 # Contractions, digits, runs of spaces, newlines, accents, other scripts, emoji.
 PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
@@ -480,7 +481,7 @@ def split_by_prompt(rows, count=16):
 
 def start_ranks(args):
     """Join the processes that torchrun has started, if it has. Only rank 0 prints, also bars."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+    if TORCHRUN and not dist.is_initialized():
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
@@ -613,6 +614,8 @@ def launch(train, args):
     try:
         return train(args)
     except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        if RANK:  # rank 0 says it
+            raise SystemExit(2)
         Path(args.out, "state.new").unlink(missing_ok=True)  # it and model.new may be half written
         shutil.rmtree(f"{args.out}/model.new", ignore_errors=True)
         remedy = "no state has been saved yet (see --save_every)"
@@ -631,6 +634,8 @@ def report(folder, columns, samples, panels):
     samples: [{"prompt": text, "before": text, ...}]. panels: for each panel of the figure a list of
     names in metrics.jsonl.
     """
+    if RANK:
+        return
     table = " " * 25 + "".join(f"{name:>11}" for name in columns)
     for key in list(columns.values())[-1]:
         table += f"\n{key:25}"

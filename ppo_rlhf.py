@@ -241,8 +241,9 @@ def per_token(function, model, sequences, max_tokens):
     rows = {}
     parts = share(split_batch([[sequence] for sequence in sequences], max_tokens))
     for part in tqdm(parts, "log-probs", leave=False, disable=None):
-        for b, row in zip(part, function(model, [sequences[b] for b in part])):
-            rows[b] = row.cpu()
+        of_part = function(model, [sequences[b] for b in part]).cpu()
+        for b, row in zip(part, of_part):
+            rows[b] = row.clone()
     return pad_sequence(merge(rows), batch_first=True).to(model.device)
 
 

@@ -13,7 +13,7 @@ pairs   Iterated DPO. Two rounds: 1,024 pairs of tiny's samples, judged by a rew
 
 Rewards and KL are measured alike for all, on 64 samples for each of 8 prompts that no script
 trains on. Means ± SD over five seeds. A policy that went further from tiny should have more reward,
-so labels also gives the offline run's reward at the KL where the online run ended: the mean of the
+so labels also gives the online run's reward at the KL where the offline run ended: the mean of the
 five steps of its log that are nearest to that KL.
 """
 
@@ -78,12 +78,12 @@ def labels(out, seed):
     judge = run(reward_model, out / "offline_judge", "--rankings 2048", seed)
     start = run(ppo_rlhf, out / "offline0", f"--reward_model {judge} {PPO}", seed)
     end = run(ppo_rlhf, out / "offline1", f"--model {start} --reward_model {judge} {PPO}", seed)
-    online = measure(second)
+    offline = measure(end)
     return {"online, 1,024 labels, 30 steps": measure(first),
-            "online, 1,024 labels more, 30 steps more": online,
+            "online, 1,024 labels more, 30 steps more": measure(second),
             "offline, 2,048 labels, 30 steps": measure(start),
-            "offline, 60 steps": measure(end),
-            "offline, where its KL is that of online": reward_at(online[1], (start, end))}
+            "offline, 60 steps": offline,
+            "online, at the KL where offline ended": reward_at(offline[1], (first, second))}
 
 
 def pairs(out, seed):

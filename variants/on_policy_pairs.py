@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from model import (fail, launch, load_model, open_folder, read_jsonl, read_row, say)
+from model import (RANK, fail, launch, load_model, open_folder, read_jsonl, read_row, say)
 from reward_model import sample, toy_prompts, toy_reward
 from variants.win_rate import load_judge, score_responses
 
@@ -43,6 +43,8 @@ def best_and_worst(samples):
 
 def write_lines(folder, name, rows):
     """Write a JSON Lines file: all of it, or nothing."""
+    if RANK:
+        return
     new = Path(folder, f"{name}.new")
     try:
         new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -55,6 +57,7 @@ def collect(args):
     """Sample, score, and write the pairs. Returns them."""
     open_folder(args)
     model, tokenizer = load_model(args.model, device=args.device)
+    judge = load_judge(args.reward_model, args.device) if args.reward_model else None
     if args.data:
         if not args.reward_model:
             fail("--data: the toy's reward does not fit your prompts; give a --reward_model")
@@ -65,15 +68,17 @@ def collect(args):
     room = tokenizer.context - args.max_new_tokens
     prompts = [row["prompt"] for row in rows
                if len(tokenizer.encode_prompt(row["prompt"])) <= room]
+    if not prompts:
+        fail(f"no prompt leaves room for --max_new_tokens {args.max_new_tokens} in the model's "
+             f"context of {tokenizer.context} tokens")
 
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(args.n)]
     responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed, args.temperature)
     samples = [{"prompt": prompts[i // args.n], "response": tokenizer.decode(ids, whole=True)}
                for i, ids in enumerate(responses)]
     scores = [toy_reward(row["response"]) for row in samples]
-    if args.reward_model:
-        judge, own = load_judge(args.reward_model, args.device)
-        scores = score_responses(judge, own, samples, args.max_tokens).tolist()
+    if judge:
+        scores = score_responses(*judge, samples, args.max_tokens).tolist()
     for row, score in zip(samples, scores):
         row["score"] = score
 

@@ -2,7 +2,8 @@
 
 The judge is a reward model, and the question is the one of a human study: of two responses to one
 prompt, which is better? A tie counts as half a win for each side. The standard error shows how far
-the rate can be trusted: with 100 pairs it is 0.05.
+the rate can be trusted: with 100 pairs, and a rate near a half, it is 0.05. (It takes the pairs for
+independent, so it is too small if one prompt has many of them.)
 
     python -m variants.win_rate --judge runs/reward_model A.jsonl B.jsonl
 
