@@ -38,7 +38,7 @@ except ImportError:  # Windows
 TINY = Path(__file__).resolve().with_name("tiny")
 LORA_ALPHA = 16
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # of this process
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # number of this process; 0 prints and saves
 LOCKS = []  # open files; closing one would end its lock
 # Contractions, digits, runs of spaces, newlines, accents, other scripts, emoji.
 PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
@@ -480,7 +480,7 @@ def split_by_prompt(rows, count=16):
 
 
 def start_ranks(args):
-    """Join the processes that torchrun has started, if it has. Only rank 0 prints, also bars."""
+    """Join the processes that torchrun has started, if it has. Only rank 0 shows anything."""
     if TORCHRUN and not dist.is_initialized():
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -489,7 +489,7 @@ def start_ranks(args):
                                 timeout=timedelta(minutes=5))
         if RANK:
             sys.stdout = open(os.devnull, "w")
-            sys.stderr.isatty = lambda: False
+            sys.stderr.isatty = lambda: False  # then tqdm draws no bar
 
 
 def share(items):

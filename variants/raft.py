@@ -71,8 +71,7 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     log_ratio = best_of_n_log_ratio(rewards, pool, args.n)  # (P, 2 * count)
     after = {
         "scores/mean": float(chosen.mean()),
-        "samples/tokens": sum(map(len, responses)) / len(responses),
-    }
+        "samples/tokens": sum(map(len, responses)) / len(responses)}
     if not args.data:
         after["samples/true_reward"] = sum(map(toy_reward, texts)) / len(texts)
         if reference.small:
@@ -103,7 +102,7 @@ def train(args):
         open_log(args.out, 0)
         before, after, samples = evaluate_best_of_n(reference, reward, tokenizer, held_out,
                                                     args)
-        report(args.out, {"before": before, "after": after}, samples, panels=[])
+        report(args.out, {"before": before, "after": after}, samples, [])
         return after
     peak_lr = args.lr or (2e-4 if policy.small else 1e-5)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
@@ -169,7 +168,7 @@ def train(args):
     save_model(policy, tokenizer, args.out)
     before, after, samples = evaluate(
         policy, reference, reward, tokenizer, held_out, args.beta, args)
-    report(args.out, {"before": before, "after": after}, samples, panels=[
+    report(args.out, {"before": before, "after": after}, samples, [
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
         ["policy/loss", "policy/entropy"]])
