@@ -31,9 +31,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
-                   share, split_by_prompt)
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
+                   say, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The first four inputs of each loss, all (B,): log-probs of whole responses, summed over their
@@ -74,8 +74,8 @@ def rdpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_reject
 class GatherLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target] without the (N, V) logits in memory.
 
-    The logits would be the largest tensor of a step. So the vocabulary is walked in chunks of
-    columns, and the backward pass computes each chunk once more instead of keeping it.
+    The logits would be the largest tensor of a step. So they are computed for 4096 vocabulary
+    entries at a time, and once more in the backward pass instead of being kept.
     """
 
     @staticmethod
@@ -93,10 +93,10 @@ class GatherLogps(torch.autograd.Function):
         grad_hidden = grad * weight[targets]  # (N, D)
         grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
-            softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
-            grad_hidden.addmm_(softmax, w)
+            grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
+            grad_hidden.addmm_(grad_logits, w)
             if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(softmax.T, hidden)
+                grad_w.addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -110,22 +110,20 @@ def collate(sequences, device):
 
     Also, for the N response tokens of the batch: the flat positions (in B * T) where they are
     predicted, their ids, and the rows that they belong to; (N,) each. No mask is needed: attention
-    is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
-    avoids GPU synchronisation.
+    is causal, so no real token sees the padding behind it. All of this is computed on the CPU,
+    which avoids GPU synchronisation.
     """
     ids = [torch.tensor(prompt + response) for prompt, response in sequences]
-    ids = pad_sequence(ids, batch_first=True)  # (B, T)
-    where, targets, rows = [], [], []
-    for b, (prompt, response) in enumerate(sequences):
-        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
-        where += range(first, first + len(response))
-        targets += response
-        rows += [b] * len(response)
-    return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
+    learned = [torch.arange(len(prompt + response)) >= len(prompt)
+               for prompt, response in sequences]
+    ids, learned = [pad_sequence(x, batch_first=True) for x in (ids, learned)]  # (B, T) each
+    rows, columns = learned.nonzero(as_tuple=True)  # (N,) each
+    where = rows * ids.shape[1] + columns - 1  # a token is predicted one position before it
+    return [x.to(device) for x in (ids, where, ids[learned], rows)]
 
 
 def hidden_states(model, ids, where):
-    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -146,18 +144,18 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
-    similar length share a part, so there is little padding. The gradients of the parts add up to
-    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    Groups of similar length share a part, so there is little padding. The gradients of the parts
+    add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
-    parts, rows = [[]], 0
+    parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
-        rows += len(groups[g])
-        if parts[-1] and rows * T > max_tokens:
+        count += len(groups[g])
+        if parts[-1] and count * T > max_tokens:
             parts.append([])
-            rows = len(groups[g])
+            count = len(groups[g])
         parts[-1].append(g)
     return parts
 
@@ -170,33 +168,32 @@ def score(model, groups, max_tokens):
     for part in tqdm(parts, "log-probs", leave=False, disable=None):
         flat, _ = response_logps(model, [sequence for g in part for sequence in groups[g]])
         logps[part] = flat.view(len(part), -1).cpu()  # (b*K,) -> (b, K)
-    return sum(gather(logps))  # a process leaves 0 where it had no part
+    return sum(all_gather(logps))  # a process leaves 0 where it had no part
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
-    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+    """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
-    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
+    of this file computes. max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
-    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
-    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+    groups = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(groups, max_tokens), "sampling", leave=False, disable=None):
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
-        mask = (ids >= 0).long()  # (B, T)
-        ids = ids.clamp(min=0)
         cache = None
         for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            start = -1 if cache else 0  # the cache holds all tokens but the last one
+            mask = (ids >= 0).long()  # (B, T): -1 is padding
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
                 out = model(
-                    input_ids=ids[:, -new:],
-                    position_ids=positions[:, -new:],
+                    input_ids=ids[:, start:].clamp(min=0),
+                    position_ids=positions[:, start:],
                     attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
@@ -211,7 +208,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                 break
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
             if cache:
                 cache.batch_select_indices(torch.tensor(going, device=model.device))
     return responses
@@ -223,7 +219,7 @@ POSITIVE = "amazing brilliant charming delightful funny gripping moving superb w
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
-# Words that the true reward counts, too: models that have read more than reviews use them.
+# Words that only larger models use; the true reward counts them, too.
 PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
                      "exciting fabulous fantastic fascinating fun good great happy impressed "
                      "impressive incredible inspiring interesting love lovely loved masterpiece "
@@ -317,10 +313,10 @@ def yardstick(rewards, policy, reference, beta):
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
     """
     n = rewards.shape[1] // 2
-    weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (pi_ref + pi)
-    x = weights + rewards / beta  # (P, 2n)
+    log_weights = reference - torch.logaddexp(reference, policy)  # of pi_ref / (pi_ref + pi)
+    x = log_weights + rewards / beta  # (P, 2n)
     optimum = beta * (x.logsumexp(1) - math.log(n)).mean()
-    effective_samples = (2 * x.logsumexp(1) - (2 * x).logsumexp(1)).exp().min()
+    effective_samples = 1 / x.softmax(1).square().sum(1).max()  # of the worst prompt
     start = rewards[:, :n].mean()
     now = (rewards - beta * (policy - reference))[:, n:].mean()
     numbers = {"J/reference": start, "J/policy": now, "J/effective_samples": effective_samples}
@@ -333,8 +329,9 @@ def yardstick(rewards, policy, reference, beta):
 def evaluate(policy, reference, tokenizer, test, prompts, args):
     """Metrics of the reference and of the policy, and samples of both for held-out prompts."""
     # Does the implicit reward beta log pi/pi_ref rank pairs that training has not seen?
-    old, new = (score(model, test, args.max_tokens) for model in (reference, policy))  # (pairs, 2)
-    chosen, rejected = (args.beta * (new - old)).unbind(1)  # (pairs,) each
+    reference_logps, policy_logps = (score(model, test, args.max_tokens)
+                                     for model in (reference, policy))  # (pairs, 2) each
+    chosen, rejected = (args.beta * (policy_logps - reference_logps)).unbind(1)  # (pairs,) each
     before, after = {}, {"rewards/accuracy": float((chosen > rejected).float().mean())}
 
     # n samples of both models for each of P prompts.
@@ -343,35 +340,37 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
     answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed)
                for model in (reference, policy)]
-    texts = [[tokenizer.decode(response) for response in side] for side in answers]
-    rewards = torch.tensor([toy_reward(text) for side in texts for text in side]).view(2, P, n)
-    for column, side, responses, reward in zip((before, after), texts, answers, rewards):
-        column["samples/tokens"] = sum(map(len, responses)) / len(responses)
+    texts = [[tokenizer.decode(response) for response in responses] for responses in answers]
+    rewards = torch.tensor([toy_reward(text) for own in texts for text in own]).view(2, P, n)
+    for metrics, own, responses, reward in zip((before, after), texts, answers, rewards):
+        metrics["samples/tokens"] = sum(map(len, responses)) / len(responses)
         if not args.data:
-            column["samples/true_reward"] = float(reward.mean())
+            metrics["samples/true_reward"] = float(reward.mean())
             if policy.small:
-                column["samples/grammatical"] = sum(map(toy_grammatical, side)) / len(side)
+                metrics["samples/grammatical"] = sum(map(toy_grammatical, own)) / len(own)
             else:
-                column["samples/different_words"] = len(set(" ".join(side).split()))
+                metrics["samples/different_words"] = len(set(" ".join(own).split()))
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
         after["samples/win_rate"] = float(1 + (rewards[1] - rewards[0]).sign().mean()) / 2
 
     # Log-probs of all these samples under both models.
     groups = [[example] for responses in answers for example in zip(asked, responses)]
-    old, new = (score(model, groups, args.max_tokens).view(2, P, n).double()
-                for model in (reference, policy))  # (2*P*n, 1) -> (2, P, n)
-    after["kl/policy_reference"] = float((new - old)[1].mean())
+    reference_logps, policy_logps = (score(model, groups, args.max_tokens).view(2, P, n).double()
+                                     for model in (reference, policy))  # (2*P*n, 1) -> (2, P, n)
+    after["kl/policy_reference"] = float((policy_logps - reference_logps)[1].mean())
     if not args.data and policy.small:  # with larger models the estimate of J* would be a guess
-        rewards, old, new = (x.transpose(0, 1).flatten(1) for x in (rewards, old, new))  # (P, 2n)
-        after |= yardstick(rewards, new, old, args.beta)
-    return before, after, [side[::n] for side in texts]
+        rewards, policy_logps, reference_logps = (
+            x.transpose(0, 1).flatten(1)  # (2, P, n) -> (P, 2n)
+            for x in (rewards, policy_logps, reference_logps))
+        after |= yardstick(rewards, policy_logps, reference_logps, args.beta)
+    return before, after, [own[::n] for own in texts]
 
 
 # ------------------------------------------------------------------------------------ the loop
 
 
 def schedule(step, steps, warmup=0.1):
-    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
     warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
@@ -388,7 +387,7 @@ def train(args):
     if args.data:
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
-        rows = gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
+        rows = all_gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
     rows, held_out, prompts = split_by_prompt(encode_pairs(tokenizer, rows, args))
     pairs = [row["pair"] for row in rows]
     test = [row["pair"] for row in held_out]
@@ -398,12 +397,12 @@ def train(args):
     reference_logps = score(model, pairs, args.max_tokens)  # (pairs, 2)
 
     # 4. Batches: each epoch visits all pairs in a new order.
-    args.batch_size = args.batch_size or (32 if model.small or args.data else 8)
-    steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
+    batch_size = args.batch_size or (32 if model.small or args.data else 8)
+    steps = args.steps or args.epochs * math.ceil(len(pairs) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
-        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
     run = fingerprint(args, pairs)
@@ -436,10 +435,10 @@ def train(args):
                                                rejected - reference_rejected])  # (2, b)
             seen.append(torch.stack([loss, chosen, rejected, *rewards]).detach())  # (5, b)
 
-        # 6. The update. A state is saved before it, with weights that gave a finite gradient.
+        # 6. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
-        norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        seen = torch.cat(gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)
+        norm = float(clip_grad_norm_(model.parameters(), 1.0))
+        seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
@@ -448,12 +447,12 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 7. What to watch. At the first step all rewards are 0, and ties count as wrong: 1e-5 is
+        # 7. What to watch. At the first step all rewards are 0, and ties count as wrong: 1e-4 is
         # above the rounding error of two equal log-probs.
         names = "loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"
         row = {"step": step + 1, "lr": lr, "grad_norm": norm}
         row |= dict(zip(names, seen.mean(1).tolist()))
-        row["rewards/accuracy"] = float((seen[3] - seen[4] > 1e-5).float().mean())
+        row["rewards/accuracy"] = float((seen[3] - seen[4] > 1e-4).float().mean())
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=row["loss"])
 
@@ -471,7 +470,7 @@ def train(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -487,10 +486,9 @@ def parse_args(argv=None):
          help="peak learning rate; None: 5e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
     flag("--epochs", type=int, default=1, help="passes over the pairs")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int, help="pairs in an update; None: 32, in the toy of a model above "
-         "10M parameters 8")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
-    flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
+    flag("--batch_size", type=int,
+         help="pairs in an update; None: 32, and 8 in the toy of a model above 10M parameters")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")

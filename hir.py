@@ -39,21 +39,22 @@ from model import (fail, fingerprint, launch, load_model, load_state, open_folde
 
 # ------------------------------------------------------------------------- hindsight, and the loss
 # An instruction is a dictionary {requirement: value}, such as {"length": "short", "mood": "kind"}.
+# CHOICES, below, lists the values.
 
 
 def relabel(wanted, done):
     """The instruction that an output obeys: phi in Algorithm 1.
 
-    wanted: the instruction that was given; done: what the output did, in the same terms, or {} if
-    it is nothing that can be asked for. An instruction that was followed stays as it is.
+    wanted: the instruction that was given. done: what the output did, as such a dictionary; {} if
+    no instruction describes it. An instruction that was followed stays as it is.
     """
     return {key: done[key] for key in wanted} if done else {}
 
 
 def alternatives(obeyed, wanted, count, rng):
-    """`count` instructions that an output does not obey; each breaks one requirement that it meets.
+    """`count` instructions that an output does not obey: each changes one value of `obeyed`.
 
-    An output that obeys nothing does not obey what was wanted, so that is its alternative.
+    If nothing was obeyed, the alternative is the instruction that was given.
     """
     if not obeyed:
         return [wanted] * count
@@ -78,8 +79,6 @@ def hir_loss(logps, token_entropy, alpha=1.0, beta=0.001, label_smoothing=0.2,
     e, C = label_smoothing, logps.shape[1]
     supervised = -logps[:, 0]  # (B,)
     if e:
-        if vocabulary_logps is None:
-            raise ValueError("label smoothing needs vocabulary_logps")
         supervised = (1 - e) * supervised - e * vocabulary_logps
     share = logps.log_softmax(1)  # (B, C): log(P_k / sum_k P_k); 0 if there is no alternative
     others = share[:, 1:].sum(1) / max(C - 1, 1)  # (B,)
@@ -95,22 +94,20 @@ def collate(sequences, device):
 
     Also, for the N response tokens of the batch: the flat positions (in B * T) where they are
     predicted, their ids, and the rows that they belong to; (N,) each. No mask is needed: attention
-    is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
-    avoids GPU synchronisation.
+    is causal, so no real token sees the padding behind it. All of this is computed on the CPU,
+    which avoids GPU synchronisation.
     """
     ids = [torch.tensor(prompt + response) for prompt, response in sequences]
-    ids = pad_sequence(ids, batch_first=True)  # (B, T)
-    where, targets, rows = [], [], []
-    for b, (prompt, response) in enumerate(sequences):
-        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
-        where += range(first, first + len(response))
-        targets += response
-        rows += [b] * len(response)
-    return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
+    learned = [torch.arange(len(prompt + response)) >= len(prompt)
+               for prompt, response in sequences]
+    ids, learned = [pad_sequence(x, batch_first=True) for x in (ids, learned)]  # (B, T) each
+    rows, columns = learned.nonzero(as_tuple=True)  # (N,) each
+    where = rows * ids.shape[1] + columns - 1  # a token is predicted one position before it
+    return [x.to(device) for x in (ids, where, ids[learned], rows)]
 
 
 def hidden_states(model, ids, where):
-    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -145,46 +142,45 @@ def output_statistics(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
-    similar length share a part, so there is little padding. The gradients of the parts add up to
-    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    Groups of similar length share a part, so there is little padding. The gradients of the parts
+    add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
-    parts, rows = [[]], 0
+    parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
-        rows += len(groups[g])
-        if parts[-1] and rows * T > max_tokens:
+        count += len(groups[g])
+        if parts[-1] and count * T > max_tokens:
             parts.append([])
-            rows = len(groups[g])
+            count = len(groups[g])
         parts[-1].append(g)
     return parts
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
-    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+    """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
-    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
+    of this file computes. max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
-    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
-    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+    groups = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(groups, max_tokens), "sampling", leave=False, disable=None):
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
-        mask = (ids >= 0).long()  # (B, T)
-        ids = ids.clamp(min=0)
         cache = None
         for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            start = -1 if cache else 0  # the cache holds all tokens but the last one
+            mask = (ids >= 0).long()  # (B, T): -1 is padding
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
                 out = model(
-                    input_ids=ids[:, -new:],
-                    position_ids=positions[:, -new:],
+                    input_ids=ids[:, start:].clamp(min=0),
+                    position_ids=positions[:, start:],
                     attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
@@ -199,7 +195,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                 break
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
             if cache:
                 cache.batch_select_indices(torch.tensor(going, device=model.device))
     return responses
@@ -357,7 +352,7 @@ def evaluate(model, tokenizer, groups, args, feedback=""):
 
 
 def schedule(step, steps, warmup=0.1):
-    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
     warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
@@ -378,12 +373,12 @@ def train(args):
         toy_warm_up(model, tokenizer, args)
     before = evaluate(model, tokenizer, groups, args)
 
-    # 2. An episode is `count` samples and K updates. All samples are kept and are drawn alike.
+    # 2. An episode is `count` samples and K updates. A batch is drawn from all samples so far.
     count = args.rounds * args.batch_size
     K = math.ceil(args.epochs * args.rounds)
     steps = args.episodes * K
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     state = load_state(args, model, optimizer, run, online=[])
     start, online = state["step"], state["online"]
     log = open_log(args.out, start)
@@ -402,8 +397,8 @@ def train(args):
             fail(f"none of {count} samples did what it was asked, so there is nothing to imitate; "
                  "take more --rounds, or --algo hir, which learns from failures too")
 
-        # 4. Offline: draw a batch. Each output stands under the instruction that it obeys and then,
-        # for the contrast, under alternatives that it does not obey.
+        # 4. Offline: draw a batch. Each output is paired with the instruction that it obeys and
+        # then, for the contrast, with alternatives that it does not obey.
         rng, batch = random.Random(f"{args.seed} {step}"), []
         for problem, wanted, obeyed, output in rng.choices(examples, k=args.batch_size):
             instructions = [obeyed, *alternatives(obeyed, wanted, args.alternatives, rng)]  # C
@@ -424,8 +419,8 @@ def train(args):
             right = (logps[:, :1] > logps[:, 1:]).all(1)  # (b, 1) > (b, C-1) -> (b,)
             seen.append(torch.stack([loss, entropy[:, 0], logps[:, 0], right]).detach())  # (4, b)
 
-        # 6. The update. A state is saved before it, with weights that gave a finite gradient.
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, 1.0))
+        # 6. The update. A state is saved before it, and only if the gradient is finite.
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         seen = torch.cat(seen, 1).cpu()  # (4, b) each -> (4, B)
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -437,7 +432,7 @@ def train(args):
         optimizer.zero_grad()
 
         # 7. What to watch. contrast/accuracy: how often is an output most likely under the
-        # instruction that it obeys? Ties count as wrong.
+        # instruction that it obeys? Ties count as wrong. Without alternatives it is 1.
         names = "loss", "entropy", "logps/obeyed", "contrast/accuracy"
         row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
         row |= dict(zip(names, seen.mean(1).tolist()))
@@ -446,7 +441,7 @@ def train(args):
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=f"{row['loss']:.3f}", followed=f"{row['online/followed']:.2f}")
 
-    # 8. Save, then ask again.
+    # 8. Save, then evaluate again.
     save_model(model, tokenizer, args.out)
     after = evaluate(model, tokenizer, groups, args)
     samples = [{"asked": ask(problem, wanted), "wrote": tokenizer.decode(output),
@@ -458,7 +453,7 @@ def train(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -475,10 +470,11 @@ def parse_args(argv=None):
          "smoothing 0.2 makes every fifth token random, and the next episode trains on that")
     flag("--episodes", type=int, default=8, help="times that samples are drawn and learned from")
     flag("--rounds", type=int, default=8, help="batches of samples in an episode")
-    flag("--epochs", type=float, default=5.0, help="passes over the samples of an episode")
+    flag("--epochs", type=float, default=5.0,
+         help="updates of an episode, counted in passes over its samples")
     flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="outputs in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--samples", type=int, default=400, help="evaluation: samples for each group of tasks")

@@ -5,7 +5,7 @@ This is the only file that the scripts share. Nothing in it is an alignment algo
     model, tokenizer = load_model("tiny")       # or a folder, or a hub id such as "gpt2"
     save_model(model, tokenizer, "runs/mine")   # AutoModelForCausalLM.from_pretrained loads that
 
-Only safetensors weights are loaded, and no code from a hub is ever run.
+No code from a hub is ever run, and weights are those of safetensors files.
 """
 
 import hashlib
@@ -30,11 +30,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 TINY = Path(__file__).resolve().with_name("tiny")
 LORA_ALPHA = 16
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
@@ -46,7 +41,7 @@ PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 �
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-if hasattr(sys.stdout, "reconfigure"):  # a console without a character shows "?" for it
+if hasattr(sys.stdout, "reconfigure"):  # what the console cannot show is "?"
     sys.stdout.reconfigure(errors="replace")
 
 
@@ -59,7 +54,7 @@ def fail(*messages):
 
 
 def say(*texts):
-    """Print; if nobody reads it any more (as with "| head"), go on in silence."""
+    """Print. If the reader has closed the pipe ("| head -1"), go on in silence."""
     try:
         print(*texts, flush=True)
     except OSError:
@@ -67,7 +62,7 @@ def say(*texts):
 
 
 def printable(text):
-    """The text without control characters, some of which a terminal would obey."""
+    """The text without control characters, which could move the cursor or clear the screen."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
@@ -77,8 +72,8 @@ def printable(text):
 class Tokenizer:
     """A transformers tokenizer; where the vocabulary is GPT-2's kind, tiktoken does the encoding.
 
-    A prompt is a text, or a list of chat messages that the model's chat template renders. Text is
-    text: "<|endoftext|>" in it never becomes the control token. In a message it may.
+    A prompt is a text, or a list of chat messages that the model's chat template renders. In a text
+    "<|endoftext|>" is encoded letter by letter; in a message it may become the control token.
     """
 
     def __init__(self, folder):
@@ -93,17 +88,16 @@ class Tokenizer:
         self.notes = set()  # warnings that have been printed
 
     def end_of_turn(self):
-        """The control token that the chat template writes behind a reply: a set of one, or none."""
-        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Reply"}]
+        """The control token that the chat template writes after a reply: {id}, or an empty set."""
         try:
-            text = self.transformers.apply_chat_template(chat, tokenize=False)
+            text = self.render([{"role": "user", "content": "Hello"}], "Reply")
         except Exception:  # there is no template, or it wants other messages
             return set()
         ids = self.encode(text.rpartition("Reply")[2], control=True)
         return set([i for i in ids if i in self.transformers.added_tokens_decoder][:1])
 
     def encode(self, text, control=False):
-        """Token ids of a text. control: "<|endoftext|>" in it, for example, is a control token."""
+        """Token ids of a text. control: whether "<|endoftext|>" in it becomes the control token."""
         if self.tiktoken and not control:
             return self.tiktoken.encode_ordinary(text)
         return self.transformers.encode(text, add_special_tokens=False,
@@ -113,25 +107,26 @@ class Tokenizer:
         """The text of a prompt up to where its response begins, or with the response."""
         if isinstance(prompt, str):
             return prompt + (response or "")
-        if not self.transformers.chat_template:
-            fail("the data has chat messages, and this model has no chat template; give texts, or "
-                 "an instruct model")
-        begun = prompt[-1]["role"] == "assistant"  # the prompt has the beginning of the reply
-        how = {"add_generation_prompt": not begun, "continue_final_message": begun}
-        if response is not None:
-            reply = begun * prompt[-1]["content"] + response
-            prompt = prompt[:len(prompt) - begun] + [{"role": "assistant", "content": reply}]
-            how = {}
-        try:
-            return self.transformers.apply_chat_template(prompt, tokenize=False, **how)
-        except Exception as error:  # templates refuse a role or an order, for example
-            fail(f"the model's chat template cannot render {json.dumps(prompt)[:200]} ({error})")
+        begun = prompt[-1]["role"] == "assistant"  # the prompt ends with the start of the reply
+        template = self.transformers.apply_chat_template
+        if response is None:
+            return template(prompt, tokenize=False, add_generation_prompt=not begun,
+                            continue_final_message=begun)
+        if begun:
+            *prompt, start = prompt
+            response = start["content"] + response
+        return template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
 
     def encode_prompt(self, prompt, response=None):
         """Token ids of a prompt up to where its response begins, or with the response."""
         chat = not isinstance(prompt, str)
         bos = [] if chat or self.bos_id is None else [self.bos_id]  # a template writes its own
-        ids = bos + self.encode(self.render(prompt, response), control=chat)
+        try:
+            text = self.render(prompt, response)
+        except Exception as error:  # there is no template, or it refuses a role, for example
+            fail(f"the model's chat template cannot render {json.dumps(prompt)[:200]} ({error}); "
+                 "give texts, or take an instruct model")
+        ids = bos + self.encode(text, control=chat)
         if max(ids, default=0) >= self.size:
             fail(f"the model has no embedding for {self.transformers.decode([max(ids)])!r}, which "
                  "its tokenizer knows; take the tokenizer that belongs to the model")
@@ -140,9 +135,9 @@ class Tokenizer:
     def encode_example(self, prompt, response, max_length, room=1):
         """(prompt ids, response ids), or None if the prompt leaves less room than `room`.
 
-        A response ends with EOS, or with the token that the chat template writes behind a reply.
-        One that is too long is cut, and has no such end. Prompt and response are encoded as one
-        text, unless a token would straddle the border.
+        A response ends with EOS, or with the token that the chat template writes after a reply. One
+        that is too long is cut, and has no such end. Prompt and response are encoded as one text,
+        unless one token would cover the end of the prompt and the start of the response.
         """
         ids, both = self.encode_prompt(prompt), self.encode_prompt(prompt, response)
         start, whole = self.render(prompt), self.render(prompt, response)
@@ -160,19 +155,18 @@ class Tokenizer:
     def decode(self, ids, whole=False):
         """The text of a response; control tokens, such as the EOS at its end, are left out.
 
-        whole: of a response that was cut before its end, only whole sentences are left.
+        whole: if the response was cut, drop its last, unfinished sentence.
         """
-        ended = ids and ids[-1] in self.stop_ids
-        ids = ids[:-1] if ended else ids
-        # SentencePiece drops a space at the very beginning, so another letter stands there.
-        text = self.transformers.decode([*self.encode("a"), *ids], skip_special_tokens=True,
+        kept = [token for token in ids if token not in self.stop_ids]
+        # SentencePiece drops a leading space. So an "a" is decoded in front, and then removed.
+        text = self.transformers.decode([*self.encode("a"), *kept], skip_special_tokens=True,
                                         clean_up_tokenization_spaces=False)[1:]
-        return text[:text.rfind(".") + 1] if whole and not ended else text
+        return text[:text.rfind(".") + 1] if whole and kept == ids else text
 
     def show(self, prompt, response):
-        """Print an example: its prompt, and the tokens of its response, which are trained on."""
+        """Print an example: its prompt, and the tokens of its response."""
         say("prompt    :", repr(self.transformers.decode(prompt)))
-        say("trained on:", [self.transformers.decode([i]) for i in response])
+        say("response  :", [self.transformers.decode([i]) for i in response])
 
     def note(self, text, where=""):
         """Print a warning, once."""
@@ -221,10 +215,7 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
             config.num_labels, config.pad_token_id = 1, tokenizer.eos_id
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, as one kernel
-        index = Path(folder, "model.safetensors.index.json")
-        if index.is_file() and ".bin" in index.read_text():
-            fail(f"{name}: its index names pickled weights, which can run code; convert them")
-        endings = {path.suffix for path in Path(folder).glob("*")}  # none if it is on a hub
+        endings = {path.suffix for path in Path(folder).glob("*")}  # empty for a hub id
         if endings and ".safetensors" not in endings:
             if ".bin" in endings:
                 fail(f"{name}: only pickled weights, which can run code; convert to safetensors")
@@ -238,9 +229,9 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
             for weight, saved, expected in sorted(info["mismatched_keys"]):
                 fail(f"{name}: {weight} is {tuple(saved)} in its weights, and by its config.json "
                      f"{tuple(expected)}")
-        # eval: dropout would make two passes of one model differ, and so the ratios of its outputs.
+        # Without eval() dropout would give two passes of one model different log-probs.
         model = model.eval().to(device)
-    except Exception as error:  # transformers raises whatever it stumbles over
+    except Exception as error:  # transformers raises many kinds
         fail(f"{name}: cannot load this model; give a folder with all its files, or a hub id that "
              f"can be reached ({type(error).__name__}: {str(error)[:300]})")
     check_model(model, tokenizer, name, missing)
@@ -252,8 +243,8 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     tokenizer.context = positions or tokenizer.context
     model.bf16 = model.device.type == "cuda"  # arithmetic in bf16, weights in fp32
-    model.small = model.num_parameters() < 1e7  # tiny, or made from it: it knows only the toys
-    if model.can_generate():  # a reward model cannot
+    model.small = model.num_parameters() < 1e7  # tiny, or trained from it: it has seen only toys
+    if head == "lm":
         stops = model.generation_config.eos_token_id  # None, one id, or a list
         tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops]) - {None}
     return model, tokenizer
@@ -261,7 +252,7 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
 
 @torch.no_grad()
 def check_model(model, tokenizer, name, missing):
-    """End with one line if the scripts cannot use this model. missing: weights not in its files."""
+    """End with one line if the scripts cannot use this model. missing: weights its files lack."""
     saved_as_reward = "SequenceClassification" in str(model.config.architectures)
     if saved_as_reward and not hasattr(model, "score"):
         fail(f"{name}: this is a reward model, and a language model is needed")
@@ -327,13 +318,13 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(d_out, rank))
 
     def forward(self, x):
-        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+        return self.base(x) + self.scale * (x @ self.A.T) @ self.B.T
 
 
 def add_lora(model, rank, name):
     """Freeze the model and put an adapter beside every linear layer of its blocks, in place."""
     model.requires_grad_(False)
-    total = model.base_model.num_parameters() - model.get_input_embeddings().weight.numel()
+    total = model.base_model.num_parameters(exclude_embeddings=True)
     replace_layers(model.base_model, (nn.Linear, Conv1D), lambda layer: LoRA(layer, rank))
     adapted = sum(module.base.weight.numel() for module in model.modules()
                   if isinstance(module, LoRA))
@@ -422,7 +413,7 @@ def read_row(row, tokenizer, *keys):
     A response may also be a message of the assistant, or a conversation that ends with one: then
     the messages before it are the prompt.
     """
-    row, prompt, prompts = dict(row), row.get("prompt"), []
+    row, prompt = dict(row), row.get("prompt")
     for key in keys:
         if isinstance(row.get(key), list):
             *before, reply = get_messages(row, key)
@@ -430,29 +421,24 @@ def read_row(row, tokenizer, *keys):
                 fail(f'{row["where"]}: "{key}" ends with a message of the {reply["role"]}, and not '
                      "with a reply of the assistant")
             row[key] = reply["content"]
-            if before:
-                prompts.append(before)
-            elif isinstance(prompt, str):
-                prompt = [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str):
+                prompt = before or [{"role": "user", "content": prompt}]
+            elif prompt and before and before != prompt:
+                fail(f'{row["where"]}: the conversations of this row differ before their last '
+                     "message; they need the same prompt")
+            prompt = before or prompt
         get_text(row, key)
-    if prompts:
-        if isinstance(prompt, list):
-            prompts.append(prompt)
-        if prompts.count(prompts[0]) < max(len(keys), len(prompts)):
-            fail(f'{row["where"]}: the conversations of this row differ before their last message; '
-                 "they need the same prompt")
-        prompt = prompts[0]
     if isinstance(prompt, list):
         row["prompt"] = prompt
         get_messages(row, "prompt")
         return row
     text = "\n".join(get_text(row, key) for key in ("prompt", *keys))
-    spelled = [token for token in tokenizer.transformers.all_special_tokens if token in text]
     where = f'{row["where"]}: '
-    for token in spelled:
-        tokenizer.note(f"this text spells the control token {token}, which is read as plain "
-                       "letters; give messages, and the chat template writes it", where)
-    if tokenizer.transformers.chat_template and not spelled:
+    for token in tokenizer.transformers.all_special_tokens:
+        if token in text:
+            tokenizer.note(f"this text spells the control token {token}, which is read as plain "
+                           "letters; give messages, and the chat template writes it", where)
+    if tokenizer.transformers.chat_template:
         tokenizer.note("the prompt is a plain text, so the chat template of this model is not "
                        "used; give messages to use it", where)
     return row
@@ -461,8 +447,8 @@ def read_row(row, tokenizer, *keys):
 def split_by_prompt(rows, count=16):
     """(rows to learn from, rows held out, held-out prompts).
 
-    All rows of `count` prompts are held out, of a tenth of the prompts at most. They are the same
-    prompts for every seed.
+    All rows of `count` prompts are held out, but of at most a tenth of all prompts. They are the
+    same prompts for every seed.
     """
     if not rows:
         fail("no row is left to use; see --max_length and --max_new_tokens")
@@ -483,8 +469,7 @@ def start_ranks(args):
     """Join the processes that torchrun has started, if it has. Only rank 0 shows anything."""
     if TORCHRUN and not dist.is_initialized():
         if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+            torch.cuda.set_device(f"cuda:{os.environ['LOCAL_RANK']}")
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl",
                                 timeout=timedelta(minutes=5))
         if RANK:
@@ -497,7 +482,7 @@ def share(items):
     return items[RANK::dist.get_world_size()] if dist.is_initialized() else items
 
 
-def gather(item):
+def all_gather(item):
     """The items of all processes, in a list: [item] without torchrun. Tensors must be on a CPU."""
     if not dist.is_initialized():
         return [item]
@@ -507,7 +492,7 @@ def gather(item):
 
 
 def add_gradients(model):
-    """Make the gradient the sum over all processes. One that had no part of the batch adds 0."""
+    """Make the gradient the sum over all processes. A process without a part adds 0."""
     for weight in model.parameters():
         if dist.is_initialized() and weight.requires_grad:
             if weight.grad is None:
@@ -525,13 +510,10 @@ def open_folder(args):
         return
     folder = Path(args.out)
     state = folder / "state.pt"
-    if folder.resolve() == TINY:
-        fail(f"--out {args.out}: the embedded model lies there; give another folder")
     for flag in ("model", "reference", "policy", "generator", "reward_model", "judge"):
-        name = getattr(args, flag, None)
-        if name and folder.exists() and folder.resolve() == Path(name).resolve():
-            fail(f"--out {args.out}: this is also --{flag}, which the run would overwrite; give "
-                 "another folder")
+        name = getattr(args, flag, None) or TINY  # so that TINY is never overwritten, either
+        if folder.resolve() == Path(name).resolve():
+            fail(f"--out {args.out}: a model that is needed lies there; give another folder")
     if args.resume and not state.is_file():
         fail(f"--resume: no interrupted run in {folder}; start one without --resume")
     try:
@@ -539,25 +521,21 @@ def open_folder(args):
         for path in folder.iterdir():
             if path.is_symlink():  # writing would change a file elsewhere
                 fail(f"--out {args.out}: {path.name} in it is a link; give another folder")
-        lock(folder / "lock", f"--out {args.out}: another run is writing there; wait for its end, "
-             "or give another folder")
+        LOCKS.append((folder / "lock").open("w"))
+        try:
+            import fcntl
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--out {args.out}: another run is writing there; wait for its end, or give "
+                 "another folder")
+        except (ImportError, OSError):  # Windows and some network drives have no such locks
+            pass
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        (folder / "metrics.jsonl").open("a").close()  # tries to write it
         if not args.resume:
+            (folder / "metrics.jsonl").write_text("")
             state.unlink(missing_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: cannot be written ({error}); give another folder")
-
-
-def lock(path, message):
-    """Lock a file until this process ends; end with the message if another process has done so."""
-    LOCKS.append(path.open("w"))
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        fail(message)
-    except (AttributeError, OSError):  # Windows and some network drives have no such locks
-        pass
 
 
 def open_log(folder, step):
@@ -565,7 +543,7 @@ def open_log(folder, step):
     if RANK:
         return open(os.devnull, "w")
     path = Path(folder) / "metrics.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:step]) if step else "")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:step]))
     return path.open("a", buffering=1)  # line by line, so that a kill loses nothing
 
 
@@ -577,7 +555,7 @@ def fingerprint(args, examples):
 
 
 def save_state(folder, model, optimizer, **rest):
-    """Write all that --resume needs. A kill while writing leaves the state before it intact."""
+    """Write all that --resume needs. A kill while writing leaves the previous state intact."""
     if RANK:
         return
     try:
@@ -589,9 +567,9 @@ def save_state(folder, model, optimizer, **rest):
 
 
 def load_state(args, model, optimizer, run, **new):
-    """With --resume, put the saved state into model and optimizer. run: the fingerprint of now.
+    """With --resume, put the saved state into model and optimizer. run: this run's fingerprint.
 
-    Returns all else that was saved; for a new run that is step 0, and what `new` gives.
+    Returns the rest of what was saved. A new run gets step 0 and the values in `new`.
     """
     if not args.resume:
         return {"step": 0} | new
@@ -618,9 +596,7 @@ def launch(train, args):
             raise SystemExit(2)
         Path(args.out, "state.new").unlink(missing_ok=True)  # it and model.new may be half written
         shutil.rmtree(f"{args.out}/model.new", ignore_errors=True)
-        remedy = "no state has been saved yet (see --save_every)"
-        if Path(args.out, "state.pt").exists():
-            remedy = "add --resume to go on from the last saved state"
+        remedy = "add --resume to go on from the last saved state, if there is one (--save_every)"
         if isinstance(error, KeyboardInterrupt):
             print("\nstopped;", remedy, file=sys.stderr)
             raise SystemExit(130)
@@ -630,7 +606,7 @@ def launch(train, args):
 def report(folder, columns, samples, panels):
     """Print a table and samples; write results.json, samples.txt and curves.png.
 
-    columns: {"before": metrics, "after": metrics}; the table has a row for each metric of the last.
+    columns: {"before": metrics, "after": metrics}; a table row for each metric of the last.
     samples: [{"prompt": text, "before": text, ...}]. panels: for each panel of the figure a list of
     names in metrics.jsonl.
     """

@@ -2,26 +2,26 @@
 
 The details are those of Ziegler et al. 2019 (arXiv:1909.08593v2), the objective is that of Schulman
 et al. 2017 (arXiv:1707.06347v2). The policy pi is to earn a reward r(x, y) and to stay near a
-reference pi_ref. Each token of a response is an action. Every token pays for the distance from the
-reference that it adds, and the last token earns r:
+reference pi_ref. Each token of a response is an action. It is charged beta times its log-ratio to
+the reference, and the last token earns r:
 
     R_t = -beta log pi(y_t)/pi_ref(y_t)   (+ r(x, y) at the last token)      Ziegler et al., Eq. (2)
 
-A step of training samples responses, scores them, and estimates the advantage A_t of each token:
-how much better it was than a value network had expected. Then it makes a few passes over these
-responses, in minibatches, with the loss
+Each step of training draws responses from the policy, scores them, and estimates the advantage A_t
+of each token: how much better it was than a value network had expected. Then it makes a few passes
+over these responses, in minibatches, with the loss
 
     loss = -mean_t min(q_t A_t, clip(q_t, 1 - e, 1 + e) A_t),   q_t = pi(y_t) / pi_old(y_t)
 
-where pi_old is the policy that has sampled, so q_t is 1 at the first update.  Schulman et al., (7)
+where pi_old is the policy that drew the responses, so q_t is 1 at first.  Schulman et al., Eq. (7)
 
     python ppo_rlhf.py                               # toy: reviews, rewarded for friendly words
     python ppo_rlhf.py --beta 0                      # without a penalty the policy hacks the reward
     python ppo_rlhf.py --data mine.jsonl --model gpt2 --reward_model runs/reward_model
 
-Departures from the papers: a response ends at its EOS, which earns the score; a response that does
-not end in time gets a fixed score; advantages are whitened over the whole rollout; policy and value
-network are two networks with one learning rate, which falls to 0.
+Departures from the papers: a response ends at its EOS, and the score is given there; a response
+that does not end in time gets a fixed score; advantages are whitened over the whole rollout; policy
+and value network are two networks with one learning rate, which rises, then falls to 0.
 """
 
 import argparse
@@ -29,6 +29,8 @@ import json
 import math
 import random
 import re
+from itertools import zip_longest
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -36,18 +38,23 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, fail, fingerprint, gather, get_text, launch, load_model,
+from model import (RANK, add_gradients, all_gather, fail, fingerprint, get_text, launch, load_model,
                    load_state, open_folder, open_log, read_jsonl, read_row, report, save_model,
                    save_state, say, share, split_by_prompt)
 
 # ------------------------------------------------------------------ rewards, advantages, losses
 # Tensors are (B, R): a row for each of B responses, as long as the longest of them. The mask is
-# true on real tokens. Whatever stands behind the end of a response has no effect.
+# true on real tokens. Whatever stands after the end of a response has no effect.
 
 
 def no_padding(x, mask):
-    """x with 0 behind the end of each response."""
+    """x with 0 after the end of each response."""
     return x.masked_fill(~mask.bool(), 0)
+
+
+def token_mean(x, mask, normalizer=None):
+    """Mean over real tokens. normalizer: the number to divide by, if it is not their number."""
+    return no_padding(x, mask).sum() / (mask.sum() if normalizer is None else normalizer)
 
 
 def token_rewards(scores, logps, reference_logps, mask, beta):
@@ -63,16 +70,16 @@ def token_rewards(scores, logps, reference_logps, mask, beta):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: Schulman et al. 2015, arXiv:1506.02438v6, Eq. (16).
 
-    values[:, t] belongs to the state before token t; the state behind the last token is worth 0.
+    values[:, t] belongs to the state before token t; the state after the last token is worth 0.
     Returns (advantages, returns), where returns = advantages + values.
     """
     rewards = no_padding(rewards, mask)
     values = no_padding(values, mask)
     advantages = torch.zeros_like(values)
-    advantage = next_value = values.new_zeros(len(values))  # (B,)
-    for t in reversed(range(values.shape[1])):
+    advantage = next_value = 0
+    for t in reversed(range(values.shape[1])):  # after the end all is 0
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
-        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
         advantages[:, t] = advantage
     return advantages, advantages + values
@@ -80,8 +87,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def whiten(x, mask, shift_mean=True):
     """x with variance 1 over real tokens, and with mean 0 unless shift_mean is False."""
-    mean = no_padding(x, mask).sum() / mask.sum()
-    variance = no_padding((x - mean) ** 2, mask).sum() / mask.sum()
+    mean = token_mean(x, mask)
+    variance = token_mean((x - mean) ** 2, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return no_padding(white if shift_mean else white + mean, mask)
 
@@ -91,22 +98,22 @@ def policy_loss(logps, old_logps, advantages, mask, clip=0.2, normalizer=None):
 
     Taking the larger loss means: nothing more is gained by moving the ratio beyond 1 +- clip, but
     there is no protection when the move makes things worse. normalizer: the number of tokens of the
-    whole minibatch, where this is a part of it.
+    whole minibatch, if this is only a part of it.
     """
     ratio = no_padding(logps - old_logps, mask).exp()  # (B, R)
     losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    return no_padding(losses, mask).sum() / (mask.sum() if normalizer is None else normalizer)
+    return token_mean(losses, mask, normalizer)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, normalizer=None):
-    """Half the squared error; a value gains nothing by moving more than clip. Returns a scalar.
+    """Half the squared error; moving a value by more than clip gains nothing. Returns a scalar.
 
     This clipping is in OpenAI's code, not in the papers. normalizer: as in policy_loss.
     """
     values = no_padding(values, mask)
     clipped = old_values + (values - old_values).clamp(-clip, clip)  # (B, R)
     losses = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
-    return no_padding(losses, mask).sum() / (mask.sum() if normalizer is None else normalizer)
+    return token_mean(losses, mask, normalizer)
 
 
 def adapt_beta(beta, kl, target, k_beta=0.1):
@@ -118,8 +125,8 @@ def adapt_beta(beta, kl, target, k_beta=0.1):
 def kl_estimates(logps, reference_logps, mask):
     """KL(pi || pi_ref) in nats a response, estimated from samples of pi: two scalars, k1 and k3.
 
-    With u = log pi_ref - log pi these are -u and e^u - 1 - u, summed over tokens. Both are right on
-    average, and k3 is never negative (Schulman's note of 2020).
+    With u = log pi_ref - log pi these are -u and e^u - 1 - u, summed over tokens. Both are
+    unbiased, and k3 is never negative (Schulman's note of 2020).
     """
     u = no_padding(reference_logps - logps, mask)  # (B, R)
     return -u.sum(1).mean(), (torch.expm1(u) - u).sum(1).mean()
@@ -131,8 +138,8 @@ def kl_estimates(logps, reference_logps, mask):
 class GatherLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target] without the (N, V) logits in memory.
 
-    The logits would be the largest tensor of a step. So the vocabulary is walked in chunks of
-    columns, and the backward pass computes each chunk once more instead of keeping it.
+    The logits would be the largest tensor of a step. So they are computed for 4096 vocabulary
+    entries at a time, and once more in the backward pass instead of being kept.
     """
 
     @staticmethod
@@ -150,10 +157,10 @@ class GatherLogps(torch.autograd.Function):
         grad_hidden = grad * weight[targets]  # (N, D)
         grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
-            softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
-            grad_hidden.addmm_(softmax, w)
+            grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
+            grad_hidden.addmm_(grad_logits, w)
             if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(softmax.T, hidden)
+                grad_w.addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -167,22 +174,20 @@ def collate(sequences, device):
 
     Also, for the N response tokens of the batch: the flat positions (in B * T) where they are
     predicted, their ids, and the rows that they belong to; (N,) each. No mask is needed: attention
-    is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
-    avoids GPU synchronisation.
+    is causal, so no real token sees the padding behind it. All of this is computed on the CPU,
+    which avoids GPU synchronisation.
     """
     ids = [torch.tensor(prompt + response) for prompt, response in sequences]
-    ids = pad_sequence(ids, batch_first=True)  # (B, T)
-    where, targets, rows = [], [], []
-    for b, (prompt, response) in enumerate(sequences):
-        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
-        where += range(first, first + len(response))
-        targets += response
-        rows += [b] * len(response)
-    return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
+    learned = [torch.arange(len(prompt + response)) >= len(prompt)
+               for prompt, response in sequences]
+    ids, learned = [pad_sequence(x, batch_first=True) for x in (ids, learned)]  # (B, T) each
+    rows, columns = learned.nonzero(as_tuple=True)  # (N,) each
+    where = rows * ids.shape[1] + columns - 1  # a token is predicted one position before it
+    return [x.to(device) for x in (ids, where, ids[learned], rows)]
 
 
 def hidden_states(model, ids, where):
-    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -190,7 +195,7 @@ def hidden_states(model, ids, where):
 
 
 def to_rows(flat, sequences):
-    """Numbers (N,) of all response tokens as a row for each response: (B, R), 0 behind its end."""
+    """Numbers (N,) of all response tokens as a row for each response: (B, R), 0 after its end."""
     lengths = [len(response) for _, response in sequences]
     return pad_sequence(flat.split(lengths), batch_first=True)  # (N,) -> (B, R)
 
@@ -213,64 +218,56 @@ def token_values(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
-    similar length share a part, so there is little padding. The gradients of the parts add up to
-    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    Groups of similar length share a part, so there is little padding. The gradients of the parts
+    add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
-    parts, rows = [[]], 0
+    parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
-        rows += len(groups[g])
-        if parts[-1] and rows * T > max_tokens:
+        count += len(groups[g])
+        if parts[-1] and count * T > max_tokens:
             parts.append([])
-            rows = len(groups[g])
+            count = len(groups[g])
         parts[-1].append(g)
     return parts
-
-
-def merge(shares):
-    """The values of {index: value}, of which each process has a share, sorted by their indices."""
-    whole = {index: value for own in gather(shares) for index, value in own.items()}
-    return [whole[index] for index in sorted(whole)]
 
 
 @torch.no_grad()
 def per_token(function, model, sequences, max_tokens):
     """function(model, sequences) without gradient, part by part: (B, R)."""
-    rows = {}
+    numbers = torch.zeros(len(sequences), max(len(response) for _, response in sequences))
     parts = share(split_batch([[sequence] for sequence in sequences], max_tokens))
     for part in tqdm(parts, "log-probs", leave=False, disable=None):
-        of_part = function(model, [sequences[b] for b in part]).cpu()
-        for b, row in zip(part, of_part):
-            rows[b] = row.clone()
-    return pad_sequence(merge(rows), batch_first=True).to(model.device)
+        rows = function(model, [sequences[b] for b in part])  # (b, r)
+        numbers[part, :rows.shape[1]] = rows.cpu()
+    return sum(all_gather(numbers)).to(model.device)  # a process leaves 0 where it had no part
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
-    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+    """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
-    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
+    of this file computes. max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
-    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
-    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+    groups = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(groups, max_tokens), "sampling", leave=False, disable=None):
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
-        mask = (ids >= 0).long()  # (B, T)
-        ids = ids.clamp(min=0)
         cache = None
         for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            start = -1 if cache else 0  # the cache holds all tokens but the last one
+            mask = (ids >= 0).long()  # (B, T): -1 is padding
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
                 out = model(
-                    input_ids=ids[:, -new:],
-                    position_ids=positions[:, -new:],
+                    input_ids=ids[:, start:].clamp(min=0),
+                    position_ids=positions[:, start:],
                     attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
@@ -285,7 +282,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                 break
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
             if cache:
                 cache.batch_select_indices(torch.tensor(going, device=model.device))
     return responses
@@ -297,7 +293,7 @@ POSITIVE = "amazing brilliant charming delightful funny gripping moving superb w
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
-# Words that the true reward counts, too: models that have read more than reviews use them.
+# Words that only larger models use; the true reward counts them, too.
 PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
                      "exciting fabulous fantastic fascinating fun good great happy impressed "
                      "impressive incredible inspiring interesting love lovely loved masterpiece "
@@ -337,14 +333,15 @@ def toy_grammatical(review):
 
 def load_prompts(tokenizer, small, args):
     """(prompts to learn from, prompts held out) which leave room for --max_new_tokens."""
-    rows = [{"prompt": prompt} for prompt in toy_prompts(small)]
+    prompts = toy_prompts(small)
     if args.data:
         if not args.reward_model:
             fail("--data: the toy's reward does not fit your prompts; give a --reward_model")
-        rows = [read_row(row, tokenizer) for row in read_jsonl(args.data)]
+        prompts = [read_row(row, tokenizer)["prompt"] for row in read_jsonl(args.data)]
     room = tokenizer.context - args.max_new_tokens
-    usable = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"])) <= room]
-    say(f"{len(usable)} prompts; {len(rows) - len(usable)} left out, as they leave no room for "
+    usable = [{"prompt": prompt} for prompt in prompts
+              if len(tokenizer.encode_prompt(prompt)) <= room]
+    say(f"{len(usable)} prompts; {len(prompts) - len(usable)} left out, as they leave no room for "
           "--max_new_tokens")
     rows, _, held_out = split_by_prompt(usable)
     return [row["prompt"] for row in rows], held_out[:8]
@@ -364,27 +361,28 @@ def load_reward(reference, tokenizer, prompts, args):
         fail(f"--reward_model {args.reward_model}: this is a language model; reward_model.py makes "
              "a reward model of it")
     asked = random.Random(args.seed).choices(prompts, k=256)
-    drawn, scores, _, _ = rollout(reference, (model, own, 0, 1), tokenizer, asked, args.seed, args)
+    drawn, scores, _, _ = rollout(reference, (model, own, 0, 1), tokenizer, asked, 1, args.seed,
+                                  args)
     whole = [response[-1] in tokenizer.stop_ids for _, response in drawn]
     sd, mean = torch.std_mean(scores[whole], correction=0)
     if not sd > 1e-6:  # NaN without a score
         fail(f"--reward_model {args.reward_model}: {sum(whole)} of 256 samples of the reference "
              "end within --max_new_tokens, and they do not differ in their scores")
-    return model, own, float(mean), float(sd)
+    return model, own, mean, sd
 
 
-def rollout(policy, reward, tokenizer, prompts, seed, args):
+def rollout(policy, reward, tokenizer, prompts, n, seed, args):
     """Sample a response to each prompt and score it: sequences of ids, scores (B,), texts, means.
 
     The reward model reads the text through its own tokenizer. A response that did not end scores
-    --missing_eos_score, since nobody knows how it would have gone on. (In the toy of a model that
-    is not small hardly any ends, so there the words count that have been written.)
+    --missing_eos_score, since nobody knows how it would have gone on. (In the toy a larger model
+    hardly ever ends in time, so there cut samples are scored as they stand.)
     """
+    prompts = [prompt for prompt in prompts for _ in range(n)]  # P * n
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    mine = share(range(len(ids)))  # with torchrun, each process samples for its share of them
-    drawn = sample(policy, tokenizer, [ids[i] for i in mine], args.max_new_tokens,
-                   seed + mine.start) if mine else []
-    responses = merge(dict(zip(mine, drawn)))
+    # With torchrun, each process answers its share of the prompts: every n-th of them.
+    drawn = sample(policy, tokenizer, share(ids), args.max_new_tokens, seed + RANK)
+    responses = [own for turn in zip_longest(*all_gather(drawn)) for own in turn if own]
     texts = [tokenizer.decode(response) for response in responses]
     if reward:
         model, own, mean, sd = reward
@@ -392,29 +390,31 @@ def rollout(policy, reward, tokenizer, prompts, seed, args):
                     for prompt, text in zip(prompts, texts)]
         if None in examples:
             fail(f"--reward_model {args.reward_model}: a prompt fills its context")
-        # The score is read at the last token: it is the value of the state before one more token.
+        # token_values reads the state before each response token. With one dummy token as response
+        # it reads the state after the last real one.
         examples = [(prompt + response, [0]) for prompt, response in examples]
-        scores = per_token(token_values, model, examples, args.max_tokens).squeeze(1)  # (B, 1)
-        scores = (scores.cpu() - mean) / sd
+        scores = per_token(token_values, model, examples, args.max_tokens)  # (B, 1)
+        scores = (scores[:, 0].cpu() - mean) / sd
     else:
         scores = torch.tensor([toy_reward(text) for text in texts])
-    ended = torch.tensor([response[-1] in tokenizer.stop_ids for response in responses])
-    if reward or policy.small:  # in the toy, a larger model may write on and on
-        scores = scores.where(ended, args.missing_eos_score)
-        if sum(ended) < len(ended) / 2:
+    ended = [response[-1] in tokenizer.stop_ids for response in responses]
+    cut = 1 - fmean(ended)
+    if reward or policy.small:  # in the toy, a larger model hardly ever ends
+        scores = scores.where(torch.tensor(ended), args.missing_eos_score)
+        if cut > 0.5:
             tokenizer.note("more than half of the samples do not end within --max_new_tokens, and "
                            "get --missing_eos_score whatever they say; allow more tokens, or start "
                            "from a model that has learned to end, see sft.py")
     means = {"scores/mean": float(scores.mean()),
-             "samples/tokens": sum(map(len, responses)) / len(responses),
-             "samples/without_eos": 1 - float(ended.float().mean())}
+             "samples/tokens": fmean(map(len, responses)),
+             "samples/without_eos": cut}
     if not args.data:
-        means["samples/true_reward"] = sum(map(toy_reward, texts)) / len(texts)
+        means["samples/true_reward"] = fmean(map(toy_reward, texts))
         if policy.small:
-            means["samples/grammatical"] = sum(map(toy_grammatical, texts)) / len(texts)
+            means["samples/grammatical"] = fmean(map(toy_grammatical, texts))
         else:
             means["samples/different_words"] = len(set(" ".join(texts).split()))
-    return list(zip(ids, responses)), scores, texts, means
+    return list(zip(ids, responses)), scores.view(-1, n), texts, means
 
 
 def yardstick(rewards, policy, reference, beta):
@@ -426,10 +426,10 @@ def yardstick(rewards, policy, reference, beta):
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
     """
     n = rewards.shape[1] // 2
-    weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (pi_ref + pi)
-    x = weights + rewards / beta  # (P, 2n)
+    log_weights = reference - torch.logaddexp(reference, policy)  # of pi_ref / (pi_ref + pi)
+    x = log_weights + rewards / beta  # (P, 2n)
     optimum = beta * (x.logsumexp(1) - math.log(n)).mean()
-    effective_samples = (2 * x.logsumexp(1) - (2 * x).logsumexp(1)).exp().min()
+    effective_samples = 1 / x.softmax(1).square().sum(1).max()  # of the worst prompt
     start = rewards[:, :n].mean()
     now = (rewards - beta * (policy - reference))[:, n:].mean()
     numbers = {"J/reference": start, "J/policy": now, "J/effective_samples": effective_samples}
@@ -441,29 +441,25 @@ def yardstick(rewards, policy, reference, beta):
 
 def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
     """Metrics of the reference and of the policy, and samples of both for held-out prompts."""
-    P = len(prompts)
     n = args.samples or (128 if policy.small else 8)
-    asked = [prompt for prompt in prompts for _ in range(n)]
-    sides = [rollout(model, reward, tokenizer, asked, args.seed, args)
-             for model in (reference, policy)]
-    sequences, scores, texts, (before, after) = zip(*sides)  # of the reference, of the policy
+    rollouts = [rollout(model, reward, tokenizer, prompts, n, args.seed, args)
+                for model in (reference, policy)]
+    sequences, scores, texts, (before, after) = zip(*rollouts)  # of the reference, of the policy
     logps = []
     for model in (reference, policy):
-        both = [per_token(token_logps, model, side, args.max_tokens).sum(1) for side in sequences]
-        both = [side.view(P, n) for side in both]  # (P*n,) -> (P, n)
-        logps.append(torch.cat(both, 1).double().cpu())  # (P, 2n)
-    old, new = logps
-    after["kl/policy_reference"] = float((new - old)[:, n:].mean())
+        sums = [per_token(token_logps, model, own, args.max_tokens).sum(1).view(-1, n)
+                for own in sequences]  # (P*n,) -> (P, n) each
+        logps.append(torch.cat(sums, 1).double().cpu())  # (P, 2n)
+    reference_logps, policy_logps = logps
+    after["kl/policy_reference"] = float((policy_logps - reference_logps)[:, n:].mean())
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
-        rewards = [[toy_reward(text) for text in side] for side in texts]
-        old_rewards, new_rewards = torch.tensor(rewards)  # (P*n,) each
-        after["samples/win_rate"] = float(1 + (new_rewards - old_rewards).sign().mean()) / 2
+        rewards = zip(*[map(toy_reward, own) for own in texts])
+        after["samples/win_rate"] = fmean((new > old) + (new == old) / 2 for old, new in rewards)
     if beta:
-        rewards = torch.cat([side.view(P, n) for side in scores], 1)  # (P, 2n)
-        after |= yardstick(rewards, new, old, beta)
-    old_texts, new_texts = texts
-    samples = [{"prompt": prompt, "before": old_text, "after": new_text}
-               for prompt, old_text, new_text in zip(prompts, old_texts[::n], new_texts[::n])]
+        after |= yardstick(torch.cat(scores, 1), policy_logps, reference_logps, beta)
+    firsts = [own[::n] for own in texts]  # the first sample of each prompt
+    samples = [{"prompt": prompt, "before": old, "after": new}
+               for prompt, old, new in zip(prompts, *firsts)]
     return before, after, samples
 
 
@@ -471,7 +467,7 @@ def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
 
 
 def schedule(step, steps, warmup=0.1):
-    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
     warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
@@ -490,7 +486,7 @@ def train(args):
     nn.init.zeros_(value.score.weight)
     networks = nn.ModuleList([policy, value])
 
-    # 2. The prompts, the reward, and texts for PPO-ptx, as responses to an empty prompt.
+    # 2. The prompts, the reward, and texts for PPO-ptx, as responses to EOS.
     prompts, held_out = load_prompts(tokenizer, policy.small, args)
     reward = load_reward(reference, tokenizer, prompts, args)
     ptx = []
@@ -514,9 +510,8 @@ def train(args):
         # 4. The rollout: sample n responses to each prompt, and score them. All random numbers of a
         # step are a function of seed and step.
         rng = random.Random(f"{args.seed} {step}")
-        asked = rng.choices(prompts, k=math.ceil(args.batch_size / args.n))
-        asked = [prompt for prompt in asked for _ in range(args.n)]  # B
-        sequences, scores, _, row = rollout(policy, reward, tokenizer, asked,
+        asked = rng.choices(prompts, k=math.ceil(args.batch_size / args.n))  # P
+        sequences, scores, _, row = rollout(policy, reward, tokenizer, asked, args.n,
                                             rng.getrandbits(62), args)
 
         # 5. Before any update: log-probs of all tokens, and values of the states before them.
@@ -527,16 +522,17 @@ def train(args):
         mask = pad_sequence(mask, batch_first=True).to(policy.device)  # (B, R)
 
         # 6. Rewards, advantages and returns. They are constants in the updates that follow.
-        rewards = token_rewards(scores.to(policy.device), old_logps, reference_logps, mask, beta)
+        scores = scores.to(policy.device)  # (P, n)
+        rewards = token_rewards(scores.flatten(), old_logps, reference_logps, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, lam=args.lam)
         advantages = whiten(advantages, mask)
 
-        # 7. A few passes over the rollout, in minibatches. Losses are means over the tokens of a
-        # minibatch, and each of its parts contributes its share to the gradient.
+        # 7. A few passes over the rollout, each in two minibatches. Losses are means over a
+        # minibatch's tokens, and each of its parts contributes its share to the gradient.
         optimizer.param_groups[0]["lr"] = row["lr"] = peak_lr * schedule(step, args.steps)
-        seen, ptx_losses, norms = [torch.zeros(3, device=policy.device)], [], []
+        seen, norms = torch.zeros(4, device=policy.device), []
         B = len(sequences)
-        size = math.ceil(B / args.minibatches)
+        size = math.ceil(B / 2)
         orders = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
         for minibatch in [order[i:i + size] for order in orders for i in range(0, B, size)]:
             tokens = mask[minibatch].sum()
@@ -546,14 +542,14 @@ def train(args):
                 batch = [sequences[b] for b in part]
                 logps = token_logps(policy, batch)  # (b, r)
                 values = token_values(value, batch)  # (b, r)
-                rows = part, slice(logps.shape[1])  # (B, R) -> (b, r)
-                loss = policy_loss(logps, old_logps[rows], advantages[rows], mask[rows],
-                                   args.clip, tokens)
-                error = value_loss(values, old_values[rows], returns[rows], mask[rows],
-                                   args.clip, tokens)
+                index = part, slice(logps.shape[1])  # the part of a tensor (B, R): (b, r)
+                loss = policy_loss(logps, old_logps[index], advantages[index], mask[index],
+                                   normalizer=tokens)
+                error = value_loss(values, old_values[index], returns[index], mask[index],
+                                   normalizer=tokens)
                 (loss + error).backward()
-                clipped = ((logps - old_logps[rows]).exp() - 1).abs() > args.clip  # (b, r)
-                seen.append(torch.stack([loss, error, clipped.sum() / tokens]).detach())
+                clipped = ((logps - old_logps[index]).exp() - 1).abs() > 0.2  # (b, r)
+                seen[:3] += torch.stack([loss, error, clipped.sum() / tokens]).detach()
 
             # PPO-ptx (InstructGPT, Eq. 2): also the likelihood of texts like those of pretraining.
             texts = rng.choices(ptx, k=len(minibatch)) if ptx else []
@@ -561,11 +557,11 @@ def train(args):
             for text in share(texts):
                 loss = -token_logps(policy, [text]).sum() / tokens
                 (args.ptx_coef * loss).backward()
-                ptx_losses.append(loss.detach())
+                seen[3] += loss.detach()
 
             add_gradients(networks)
-            # A state is saved before the first update, with weights that gave a finite gradient.
-            norms.append([float(clip_grad_norm_(network.parameters(), args.max_grad_norm))
+            # A state is saved before the first update, and only if the gradient is finite.
+            norms.append([float(clip_grad_norm_(network.parameters(), 1.0))
                           for network in networks])
             if not math.isfinite(sum(norms[-1])):
                 fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -575,26 +571,24 @@ def train(args):
             optimizer.zero_grad()
 
         # 8. What to watch.
-        k1, k3 = kl_estimates(old_logps, reference_logps, mask)
+        k1, k3 = map(float, kl_estimates(old_logps, reference_logps, mask))
         unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
         row |= {"step": step + 1,
-                "kl/policy_reference": float(k1),
-                "kl/k3": float(k3),
+                "kl/policy_reference": k1,
+                "kl/k3": k3,
                 "kl/beta": beta,
-                "scores/std_per_prompt": float(
-                    scores.view(-1, args.n).std(1, correction=0).mean()),  # (B,) -> (P, n)
-                "policy/entropy": -float(old_logps.sum() / mask.sum()),
+                "scores/std_per_prompt": float(scores.std(1, correction=0).mean()),
+                "policy/entropy": -float(token_mean(old_logps, mask)),
                 "value/explained_variance": 1 - float(unexplained)}
-        names = "policy/loss", "value/loss", "policy/clip_fraction"
-        seen = sum(gather(sum(seen).cpu()))  # (3,) each -> (3,)
-        row |= zip(names, (seen / len(norms)).tolist())
-        row |= zip(["policy/grad_norm", "value/grad_norm"], torch.tensor(norms).mean(0).tolist())
+        names = ["policy/loss", "value/loss", "policy/clip_fraction"]
         if ptx:
-            row["ptx/loss"] = sum(gather(float(sum(ptx_losses)))) / len(norms)
+            names.append("ptx/loss")
+        row |= zip(names, (sum(all_gather(seen.cpu())) / len(norms)).tolist())
+        row |= zip(["policy/grad_norm", "value/grad_norm"], torch.tensor(norms).mean(0).tolist())
         log.write(json.dumps(row) + "\n")
-        progress.set_postfix(score=row["scores/mean"], kl=float(k1))
+        progress.set_postfix(score=row["scores/mean"], kl=k1)
         if args.kl_target:
-            beta = adapt_beta(beta, float(k1), args.kl_target)
+            beta = adapt_beta(beta, k1, args.kl_target)
 
     # 9. Save, then compare with the reference.
     save_model(policy, tokenizer, args.out)
@@ -617,17 +611,15 @@ def make_parser():
     flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
     flag("--reference", help="the model that KL is measured from; None: --model")
     flag("--beta", type=float, default=0.5,
-         help="price of a nat of KL from the reference; 0.02 is usual with --data")
+         help="penalty for a nat of KL from the reference; 0.02 is usual with --data")
     flag("--missing_eos_score", type=float, default=-1.0,
          help="score of a response that does not end within --max_new_tokens")
     flag("--n", type=int, default=4, help="samples of each prompt")
-    flag("--ppo_epochs", type=int, default=4, help="passes over the samples of a step")
-    flag("--minibatches", type=int, default=2, help="updates in a pass")
+    flag("--ppo_epochs", type=int, default=4, help="passes over a step's samples, two updates each")
     flag("--lr", type=float, help="peak learning rate; None: 2e-4 below 10M parameters, else 1e-5")
     flag("--steps", type=int, default=40, help="steps; each samples, scores and learns")
     flag("--batch_size", type=int, default=64, help="samples in a step: whole groups of --n")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
-    flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--samples", type=int,
@@ -639,13 +631,11 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = make_parser()
     flag = parser.add_argument
     flag("--kl_target", type=float,
          help="change beta after each step so that KL comes to this many nats; None: fixed beta")
-    flag("--clip", type=float, default=0.2,
-         help="moving a token's ratio, or its value, further than this gains nothing more")
     flag("--lam", type=float, default=0.95,
          help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network")
     flag("--ptx_data", help='JSON Lines file of {"text"}, also learnt from (PPO-ptx)')

@@ -1,7 +1,7 @@
 """Reward model: step 2 of InstructGPT, Ouyang et al. 2022, arXiv:2203.02155v1, 3.5.
 
 People compare responses more easily than they rate them. So a model r(x, y), a language model with
-one number as its output, learns from comparisons: sigma(r(x, y_i) - r(x, y_j)) is to be the
+one number as its output, learns from comparisons: sigma(r(x, y_i) - r(x, y_j)) should equal the
 probability that a human prefers y_i to y_j (the Bradley-Terry model). A human ranks K responses to
 each prompt, and the loss is taken over all pairs of them in which y_i is ranked above y_j:
 
@@ -14,9 +14,9 @@ Ziegler et al. 2019, arXiv:1909.08593v2, Eq. (1), the loss is -log softmax(r_1 .
     python reward_model.py --data mine.jsonl --model gpt2    # {"prompt", "chosen", "rejected"}
     python reward_model.py --loss best_of_k
 
-Departures from the papers: the learning rate falls to 0 (InstructGPT: to 10 %). Tied pairs are left
-out as in the paper, but the divisor stays C(K, 2), so a ranking with ties counts less. Scores stay
-log-odds; ppo_rlhf.py normalises them. (Ziegler et al. print their loss without its minus.)
+Departures from the papers: the learning rate rises, then falls to 0 (InstructGPT: to 10 %). Tied
+pairs are left out as in the paper, but the divisor stays C(K, 2), so a ranking with ties counts
+less. Scores are not normalised here; ppo_rlhf.py does it.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
-                   share, split_by_prompt)
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
+                   say, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -46,9 +46,10 @@ def ranking_loss(rewards, ranks):
     nothing, but the divisor is C(K, 2) for all K real responses. Returns (B,), in nats per pair.
     """
     better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks > 0)[:, :, None]  # (B, K, K): i, j
-    margins = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~better, 0)  # (B, K, K)
+    margins = rewards[:, :, None] - rewards[:, None, :]  # (B, K, K)
+    losses = -F.logsigmoid(margins.masked_fill(~better, math.inf))  # 0 at infinity
     K = (ranks > 0).sum(1)  # (B,)
-    return (-F.logsigmoid(margins) * better).sum((1, 2)) / (K * (K - 1) / 2).clamp(min=1)
+    return losses.sum((1, 2)) / (K * (K - 1) / 2).clamp(min=1)
 
 
 def best_of_k_loss(rewards, best):
@@ -64,7 +65,7 @@ def best_of_k_loss(rewards, best):
 
 
 def hidden_states(model, ids, where):
-    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -101,46 +102,45 @@ def score_rows(model, rows):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
-    similar length share a part, so there is little padding. The gradients of the parts add up to
-    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    Groups of similar length share a part, so there is little padding. The gradients of the parts
+    add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
-    parts, rows = [[]], 0
+    parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
-        rows += len(groups[g])
-        if parts[-1] and rows * T > max_tokens:
+        count += len(groups[g])
+        if parts[-1] and count * T > max_tokens:
             parts.append([])
-            rows = len(groups[g])
+            count = len(groups[g])
         parts[-1].append(g)
     return parts
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
-    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+    """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
-    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
+    of this file computes. max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
-    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
-    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+    groups = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(groups, max_tokens), "sampling", leave=False, disable=None):
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
-        mask = (ids >= 0).long()  # (B, T)
-        ids = ids.clamp(min=0)
         cache = None
         for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            start = -1 if cache else 0  # the cache holds all tokens but the last one
+            mask = (ids >= 0).long()  # (B, T): -1 is padding
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
                 out = model(
-                    input_ids=ids[:, -new:],
-                    position_ids=positions[:, -new:],
+                    input_ids=ids[:, start:].clamp(min=0),
+                    position_ids=positions[:, start:],
                     attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
@@ -155,7 +155,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                 break
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
             if cache:
                 cache.batch_select_indices(torch.tensor(going, device=model.device))
     return responses
@@ -165,7 +164,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
 
 POSITIVE = "amazing brilliant charming delightful funny gripping moving superb wonderful".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
-# Words that the true reward counts, too: models that have read more than reviews use them.
+# Words that only larger models use; the true reward counts them, too.
 PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
                      "exciting fabulous fantastic fascinating fun good great happy impressed "
                      "impressive incredible inspiring interesting love lovely loved masterpiece "
@@ -237,7 +236,7 @@ def read_ranking(row, tokenizer):
 def encode_rankings(tokenizer, rows, args):
     """The usable rows, each with a new key "group": (prompt ids, response ids) of each response.
 
-    Of equal responses the first one stays. (Some become equal only by being cut.)
+    Of equal responses the first one stays. Some become equal only by being cut.
     """
     usable = []
     no_room = 0
@@ -251,12 +250,12 @@ def encode_rankings(tokenizer, rows, args):
                 group.append(example)
                 ranks.append(rank)
         no_room += not group
-        # All tied, or for best of K more than one best: the human's choice cannot be learned from.
+        # Left out: all are tied, or, for best of K, several are best.
         if len(set(ranks)) > 1 and (args.loss == "ranking" or ranks.count(min(ranks)) == 1):
             usable.append(dict(row, group=group, ranks=ranks))
             cut += sum(response[-1] not in tokenizer.stop_ids for _, response in group)
     kept = (f"{len(usable)} rankings; left out: {no_room} without room for a response within "
-            f"--max_length, {len(rows) - len(usable) - no_room} with ties only")
+            f"--max_length, {len(rows) - len(usable) - no_room} with no preference")
     say(f"{kept}; {cut} responses cut at --max_length")
     return usable or fail(kept)
 
@@ -304,7 +303,7 @@ def evaluate(model, tokenizer, rows, args):
 
 
 def schedule(step, steps, warmup=0.1):
-    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
     warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
@@ -317,13 +316,13 @@ def train(args):
     model, tokenizer = load_model(args.model, "reward", args.device, args.lora_rank)
     peak_lr = args.lr or (1e-3 if model.small else 1e-5)
 
-    # 2. Rankings, from a file or from the toy's human. All those of some prompts are held out.
+    # 2. Rankings, from a file or from the toy's human. All rows of some prompts are held out.
     if args.data:
         rows = [read_ranking(row, tokenizer) for row in read_jsonl(args.data)]
     else:
         rows = toy_rankings(*load_model(args.policy or args.model, device=args.device),
                             args.rankings, args.k, args.seed)
-        rows = gather(rows)[0]  # those of rank 0
+        rows = all_gather(rows)[0]  # those of rank 0
     rows, held_out, _ = split_by_prompt(encode_rankings(tokenizer, rows, args), 200)
     tokenizer.show(*rows[0]["group"][0])
 
@@ -331,8 +330,8 @@ def train(args):
     before, _ = evaluate(model, tokenizer, held_out, args)
 
     # 4. Batches: each epoch visits all rankings in a new order. All pairs of a prompt are in one
-    #    batch: spread over batches, each response would be learned from K - 1 times in an epoch,
-    #    and the model would overfit (InstructGPT, 3.5).
+    #    batch: if they were spread over batches, each response would be learned from K - 1 times
+    #    in an epoch, and the model would overfit (InstructGPT, 3.5).
     steps = args.steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     batches = []
     while len(batches) < steps:
@@ -359,9 +358,9 @@ def train(args):
             loss.backward()
             losses.append(loss.detach())
 
-        # 6. The update. A state is saved before it, with weights that gave a finite gradient.
+        # 6. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
-        norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = float(clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
@@ -372,7 +371,7 @@ def train(args):
 
         # 7. What to watch.
         row = {"step": step + 1, "lr": lr, "grad_norm": norm,
-               "loss": sum(gather(float(sum(losses))))}
+               "loss": sum(all_gather(float(sum(losses))))}
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=row["loss"])
 
@@ -385,7 +384,7 @@ def train(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -400,8 +399,7 @@ def parse_args(argv=None):
     flag("--epochs", type=int, default=1, help="passes over the rankings")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
     flag("--batch_size", type=int, default=16, help="prompts in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
-    flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--rankings", type=int,

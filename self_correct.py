@@ -70,7 +70,7 @@ def find_pairs(values):
 def similarity(a, b):
     """1 - edit distance / length of the longer, for two texts as sequences of words: 0 to 1."""
     a, b = a.split(), b.split()
-    row = list(range(len(b) + 1))  # distances of no word of a to the first j words of b, for all j
+    row = list(range(len(b) + 1))  # edit distances of an empty text to the first j words of b
     for word in a:
         above, row = row, [row[0] + 1]
         for j, other in enumerate(b):
@@ -94,8 +94,8 @@ def weigh(answers, alpha, beta):
 class GatherLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target] without the (N, V) logits in memory.
 
-    The logits would be the largest tensor of a step. So the vocabulary is walked in chunks of
-    columns, and the backward pass computes each chunk once more instead of keeping it.
+    The logits would be the largest tensor of a step. So they are computed for 4096 vocabulary
+    entries at a time, and once more in the backward pass instead of being kept.
     """
 
     @staticmethod
@@ -113,10 +113,10 @@ class GatherLogps(torch.autograd.Function):
         grad_hidden = grad * weight[targets]  # (N, D)
         grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
-            softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
-            grad_hidden.addmm_(softmax, w)
+            grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
+            grad_hidden.addmm_(grad_logits, w)
             if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(softmax.T, hidden)
+                grad_w.addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -130,22 +130,20 @@ def collate(sequences, device):
 
     Also, for the N response tokens of the batch: the flat positions (in B * T) where they are
     predicted, their ids, and the rows that they belong to; (N,) each. No mask is needed: attention
-    is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
-    avoids GPU synchronisation.
+    is causal, so no real token sees the padding behind it. All of this is computed on the CPU,
+    which avoids GPU synchronisation.
     """
     ids = [torch.tensor(prompt + response) for prompt, response in sequences]
-    ids = pad_sequence(ids, batch_first=True)  # (B, T)
-    where, targets, rows = [], [], []
-    for b, (prompt, response) in enumerate(sequences):
-        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
-        where += range(first, first + len(response))
-        targets += response
-        rows += [b] * len(response)
-    return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
+    learned = [torch.arange(len(prompt + response)) >= len(prompt)
+               for prompt, response in sequences]
+    ids, learned = [pad_sequence(x, batch_first=True) for x in (ids, learned)]  # (B, T) each
+    rows, columns = learned.nonzero(as_tuple=True)  # (N,) each
+    where = rows * ids.shape[1] + columns - 1  # a token is predicted one position before it
+    return [x.to(device) for x in (ids, where, ids[learned], rows)]
 
 
 def hidden_states(model, ids, where):
-    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -166,46 +164,45 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
-    similar length share a part, so there is little padding. The gradients of the parts add up to
-    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    Groups of similar length share a part, so there is little padding. The gradients of the parts
+    add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
-    parts, rows = [[]], 0
+    parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
-        rows += len(groups[g])
-        if parts[-1] and rows * T > max_tokens:
+        count += len(groups[g])
+        if parts[-1] and count * T > max_tokens:
             parts.append([])
-            rows = len(groups[g])
+            count = len(groups[g])
         parts[-1].append(g)
     return parts
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
-    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+    """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
-    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
+    of this file computes. max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
-    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
-    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+    groups = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(groups, max_tokens), "sampling", leave=False, disable=None):
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
-        mask = (ids >= 0).long()  # (B, T)
-        ids = ids.clamp(min=0)
         cache = None
         for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            start = -1 if cache else 0  # the cache holds all tokens but the last one
+            mask = (ids >= 0).long()  # (B, T): -1 is padding
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
                 out = model(
-                    input_ids=ids[:, -new:],
-                    position_ids=positions[:, -new:],
+                    input_ids=ids[:, start:].clamp(min=0),
+                    position_ids=positions[:, start:],
                     attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
@@ -220,7 +217,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                 break
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
             if cache:
                 cache.batch_select_indices(torch.tensor(going, device=model.device))
     return responses
@@ -281,7 +277,7 @@ def toy_warm_up(model, tokenizer, problems, args):
 
 
 def appraise(problem, text, ended, args):
-    """The Answer made of a text: its value is the share of what it gets right, if it has an end."""
+    """The Answer made of a text: its value is the share that is right, or 0 if it was cut."""
     if "topics" in problem:
         verdicts = [ended and kind for kind in toy_verdicts(problem["topics"], text)]
         feedback = f"Spoken: {', '.join('well' if kind else 'not' for kind in verdicts)}."
@@ -312,7 +308,7 @@ def read_problems(tokenizer, args, room):
     rows = [{key: row[key] for key in ("prompt", "answer")} for row in rows]
     usable = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"])) <= room]
     say(f"{len(usable)} problems; left out: {len(rows) - len(usable)} too long for the model")
-    return split_by_prompt(usable)[:2]
+    return split_by_prompt(usable, 256)[:2]
 
 
 def respond(model, tokenizer, tasks, seed, args):
@@ -359,7 +355,7 @@ def evaluate(model, tokenizer, problems, args):
 
 
 def schedule(step, steps, warmup=0.1):
-    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
     warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
@@ -376,8 +372,8 @@ def train(args):
     if args.generator:
         generator, its_tokenizer = load_model(args.generator, device=args.device)
     context = min(tokenizer.context, its_tokenizer.context)
-    # A draft that is no valid text can have three times as many tokens when it is encoded again; 32
-    # are for the words around it.
+    # A draft that is no valid UTF-8 can have three times as many tokens when it is encoded again;
+    # 32 are for the words around it.
     problems, held_out = read_problems(tokenizer, args, context - 4 * args.max_new_tokens - 32)
     run = fingerprint(args, problems)
     if not args.data:
@@ -419,7 +415,7 @@ def train(args):
                 tokenizer.note(f"there are only {count} pairs to learn from; use more problems, a "
                                "larger --pool, or a --generator")
 
-        # 6. A batch: draw problems, and for each a pair (draft, better).
+        # 6. A batch: draw problems, and for each a pair. All drafts are equally likely.
         rng, batch = random.Random(f"{args.seed} {step}"), []
         for problem, pairs, probabilities in rng.choices(lessons, k=args.batch_size):
             draft, better = rng.choices(pairs, probabilities)[0]
@@ -436,7 +432,7 @@ def train(args):
             part_loss.backward()
             loss += part_loss.detach()
 
-        # 8. The update. A state is saved before it, with weights that gave a finite gradient.
+        # 8. The update. A state is saved before it, and only if the gradient is finite.
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -461,7 +457,7 @@ def train(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -479,7 +475,7 @@ def parse_args(argv=None):
     flag("--epochs", type=float, default=4.0, help="passes over the problems in a round")
     flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="pairs in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--problems", type=int, default=512, help="toy: plays to learn from, and as many held out")

@@ -5,16 +5,16 @@ raises the probability of each token of a response, given the prompt and the tok
 
     loss = -(1/N)  sum over responses  sum over t  of  log pi(y_t | x, y_<t)
 
-The sums are over response tokens only, EOS included. N is the number of response tokens in the
-whole update, however it is split into parts, so each token counts the same (a "token mean").
+The sums are over response tokens only, EOS included. N is the number of response tokens in all
+parts of an update, so each token counts the same (a "token mean").
 
     python sft.py                                    # toy: reviews in a friendlier tone
     python sft.py --data mine.jsonl --model gpt2     # lines of {"prompt", "completion"}
 
-Departures from the paper: one epoch, no dropout, and a learning rate that falls to 0 (the paper:
-16 epochs, dropout 0.2, cosine to 10 %). The paper does not say whether the loss includes prompts;
-here it does not, and of a chat only the last reply is learned. The paper selects a checkpoint by
-its reward model's score; here the last one is saved.
+Departures from the paper: one epoch, no dropout, and a learning rate that rises, then falls to 0
+(the paper: 16 epochs, dropout 0.2, no warm-up, cosine to 10 %). The paper does not say whether the
+loss includes prompts; here it does not, and of a chat only the last reply is learned. The paper
+selects a checkpoint by its reward model's score; here the last one is saved.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
-                   share, split_by_prompt)
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
+                   say, share, split_by_prompt)
 
 # ------------------------------------------------------------------------------------ the loss
 
@@ -51,8 +51,8 @@ def sft_loss(logps, mask, normalizer=None):
 class GatherLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target] without the (N, V) logits in memory.
 
-    The logits would be the largest tensor of a step. So the vocabulary is walked in chunks of
-    columns, and the backward pass computes each chunk once more instead of keeping it.
+    The logits would be the largest tensor of a step. So they are computed for 4096 vocabulary
+    entries at a time, and once more in the backward pass instead of being kept.
     """
 
     @staticmethod
@@ -70,10 +70,10 @@ class GatherLogps(torch.autograd.Function):
         grad_hidden = grad * weight[targets]  # (N, D)
         grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
-            softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
-            grad_hidden.addmm_(softmax, w)
+            grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
+            grad_hidden.addmm_(grad_logits, w)
             if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(softmax.T, hidden)
+                grad_w.addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -87,22 +87,20 @@ def collate(sequences, device):
 
     Also, for the N response tokens of the batch: the flat positions (in B * T) where they are
     predicted, their ids, and the rows that they belong to; (N,) each. No mask is needed: attention
-    is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
-    avoids GPU synchronisation.
+    is causal, so no real token sees the padding behind it. All of this is computed on the CPU,
+    which avoids GPU synchronisation.
     """
     ids = [torch.tensor(prompt + response) for prompt, response in sequences]
-    ids = pad_sequence(ids, batch_first=True)  # (B, T)
-    where, targets, rows = [], [], []
-    for b, (prompt, response) in enumerate(sequences):
-        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
-        where += range(first, first + len(response))
-        targets += response
-        rows += [b] * len(response)
-    return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
+    learned = [torch.arange(len(prompt + response)) >= len(prompt)
+               for prompt, response in sequences]
+    ids, learned = [pad_sequence(x, batch_first=True) for x in (ids, learned)]  # (B, T) each
+    rows, columns = learned.nonzero(as_tuple=True)  # (N,) each
+    where = rows * ids.shape[1] + columns - 1  # a token is predicted one position before it
+    return [x.to(device) for x in (ids, where, ids[learned], rows)]
 
 
 def hidden_states(model, ids, where):
-    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -123,18 +121,18 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
-    similar length share a part, so there is little padding. The gradients of the parts add up to
-    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    Groups of similar length share a part, so there is little padding. The gradients of the parts
+    add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
-    parts, rows = [[]], 0
+    parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
-        rows += len(groups[g])
-        if parts[-1] and rows * T > max_tokens:
+        count += len(groups[g])
+        if parts[-1] and count * T > max_tokens:
             parts.append([])
-            rows = len(groups[g])
+            count = len(groups[g])
         parts[-1].append(g)
     return parts
 
@@ -142,39 +140,39 @@ def split_batch(groups, max_tokens):
 def batch_losses(model, examples, max_tokens):
     """The loss of a batch of examples, in parts that add up to it.
 
-    Each part is divided by the number of response tokens in the whole batch. Divided by its own
-    tokens, a part with short responses would count too much.
+    Each part is divided by the number of response tokens in the whole batch. If it were divided by
+    its own tokens, a part with short responses would count too much.
     """
     tokens = sum(len(response) for _, response in examples)
     for part in share(split_batch([[example] for example in examples], max_tokens)):
-        logps, _ = response_logps(model, [examples[i] for i in part])  # (b,), summed over tokens
+        logps, _ = response_logps(model, [examples[i] for i in part])  # (b,)
+        # These are sums over response tokens already, so the mask has a 1 for each of them.
         yield sft_loss(logps, torch.ones_like(logps), normalizer=tokens)
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
-    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+    """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
-    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
+    of this file computes. max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
-    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
-    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+    groups = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(groups, max_tokens), "sampling", leave=False, disable=None):
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
-        mask = (ids >= 0).long()  # (B, T)
-        ids = ids.clamp(min=0)
         cache = None
         for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            start = -1 if cache else 0  # the cache holds all tokens but the last one
+            mask = (ids >= 0).long()  # (B, T): -1 is padding
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
                 out = model(
-                    input_ids=ids[:, -new:],
-                    position_ids=positions[:, -new:],
+                    input_ids=ids[:, start:].clamp(min=0),
+                    position_ids=positions[:, start:],
                     attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
@@ -189,7 +187,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                 break
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
             if cache:
                 cache.batch_select_indices(torch.tensor(going, device=model.device))
     return responses
@@ -201,7 +198,7 @@ POSITIVE = "amazing brilliant charming delightful funny gripping moving superb w
 NEUTRAL = "calm familiar long modern ordinary plain quiet short simple".split()
 NEGATIVE = "awful bland boring clumsy dull shallow tedious terrible weak".split()
 ASPECTS = "acting cast dialogue ending music pace plot story".split()
-# Words that the true reward counts, too: models that have read more than reviews use them.
+# Words that only larger models use; the true reward counts them, too.
 PRAISE = POSITIVE + ("beautiful best classic cool enjoy enjoyable enjoyed entertaining excellent "
                      "exciting fabulous fantastic fascinating fun good great happy impressed "
                      "impressive incredible inspiring interesting love lovely loved masterpiece "
@@ -271,7 +268,7 @@ def encode_demonstrations(tokenizer, rows, args):
             usable.append(dict(row, example=example))
     cut = sum(row["example"][1][-1] not in tokenizer.stop_ids for row in usable)
     say(f"{len(usable)} demonstrations, {cut} responses cut at --max_length; left out: "
-          f"{len(rows) - len(usable)} without room for --max_new_tokens after the prompt")
+        f"{len(rows) - len(usable)} without room for --max_new_tokens after the prompt")
     return usable or fail("no demonstration is left; see --max_length and --max_new_tokens")
 
 
@@ -280,7 +277,7 @@ def evaluate(model, tokenizer, rows, args):
     """The loss on held-out rows, the true quality of samples (toy only), and the samples."""
     examples = [row["example"] for row in rows]
     loss = float(sum(batch_losses(model, examples, args.max_tokens)))
-    metrics = {"loss": sum(gather(loss))}
+    metrics = {"loss": sum(all_gather(loss))}
     prompts = [prompt for prompt, _ in examples[:8 if args.data else None]]
     responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed)
     texts = [tokenizer.decode(response) for response in responses]
@@ -293,7 +290,7 @@ def evaluate(model, tokenizer, rows, args):
 
 
 def schedule(step, steps, warmup=0.1):
-    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
     warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
@@ -306,7 +303,7 @@ def train(args):
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
     peak_lr = args.lr or (1e-3 if model.small else 1e-5)
 
-    # 2. Demonstrations, from a file or of the toy. All those of some prompts are held out.
+    # 2. Demonstrations, from a file or of the toy. All rows of some prompts are held out.
     if args.data:
         rows = read_demonstrations(args.data, tokenizer)
     else:
@@ -338,9 +335,9 @@ def train(args):
             part.backward()
             loss += part.detach()
 
-        # 6. The update. A state is saved before it, with weights that gave a finite gradient.
+        # 6. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
-        norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = float(clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
@@ -350,7 +347,7 @@ def train(args):
         optimizer.zero_grad()
 
         # 7. What to watch.
-        row = {"step": step + 1, "lr": lr, "grad_norm": norm, "loss": sum(gather(float(loss)))}
+        row = {"step": step + 1, "lr": lr, "grad_norm": norm, "loss": sum(all_gather(float(loss)))}
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=row["loss"])
 
@@ -360,7 +357,7 @@ def train(args):
     columns = {"before": before, "after": after}
     if not args.data:
         demonstrated = mean(toy_reward(row["completion"]) for row in held_out)
-        columns = {"demonstrations": {"samples/true_reward": demonstrated}} | columns
+        columns = {"people": {"samples/true_reward": demonstrated}} | columns
     samples = [{"prompt": row["prompt"], "before": old, "after": new}
                for row, old, new in zip(held_out, old_texts, new_texts)]
     report(args.out, columns, samples, panels=[["loss"], ["grad_norm"], ["lr"]])
@@ -368,7 +365,7 @@ def train(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -379,8 +376,7 @@ def parse_args(argv=None):
     flag("--epochs", type=int, default=1, help="passes over the demonstrations")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
     flag("--batch_size", type=int, default=32, help="demonstrations in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
-    flag("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")

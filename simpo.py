@@ -1,14 +1,14 @@
 """SimPO, simple preference optimization: Meng, Xia and Chen 2024, arXiv:2405.14734v3.
 
-The reward of a response is the mean log-prob of its tokens, times beta. The chosen response shall
-beat the rejected one by a margin gamma. There is no reference model:
+The reward of a response is the mean log-prob of its tokens, times beta. The chosen response y_w
+should beat the rejected one, y_l, by a margin gamma. There is no reference model:
 
     loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)               (6)
 
-The mean gives beta the same meaning for short and for long responses. With sums, as in DPO, a
-long response earns more only because it is long. benchmarks/simpo_lesson.py compares the two.
+The mean gives beta the same meaning for short and for long responses. With sums a long response
+would earn less, since the log-prob of each token is negative. benchmarks/simpo_lesson.py compares.
 
-    python simpo.py                                  # toy: summaries; the judge likes them long
+    python simpo.py                                  # toy: summaries; the human likes them long
     python simpo.py --data mine.jsonl --model gpt2   # lines of {"prompt", "chosen", "rejected"}
     python simpo.py --loss orpo                      # or cpo, slic
 
@@ -30,9 +30,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
-                   share, split_by_prompt)
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
+                   say, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The inputs of each loss, all (B,): log-probs of whole responses, summed over their tokens with
@@ -52,7 +52,7 @@ def cpo_loss(chosen, rejected, beta, lam=1.0):
 
 
 def orpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, lam=0.1):
-    """ORPO, Hong et al. 2024 (arXiv:2403.07691), Eqs. (4), (7): SFT on y_w plus log odds ratio.
+    """ORPO, Hong et al. 2024 (arXiv:2403.07691), Eqs. (4), (7): SFT and the log odds ratio.
 
     The odds are p / (1 - p), where log p is the mean log-prob. (The original code takes the SFT
     term over the prompt too.)
@@ -86,8 +86,8 @@ def slic_loss(chosen, rejected, delta=1.0, lam=1.0):
 class GatherLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target] without the (N, V) logits in memory.
 
-    The logits would be the largest tensor of a step. So the vocabulary is walked in chunks of
-    columns, and the backward pass computes each chunk once more instead of keeping it.
+    The logits would be the largest tensor of a step. So they are computed for 4096 vocabulary
+    entries at a time, and once more in the backward pass instead of being kept.
     """
 
     @staticmethod
@@ -105,10 +105,10 @@ class GatherLogps(torch.autograd.Function):
         grad_hidden = grad * weight[targets]  # (N, D)
         grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
         for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
-            softmax = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C), times -grad
-            grad_hidden.addmm_(softmax, w)
+            grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
+            grad_hidden.addmm_(grad_logits, w)
             if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(softmax.T, hidden)
+                grad_w.addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
@@ -122,22 +122,20 @@ def collate(sequences, device):
 
     Also, for the N response tokens of the batch: the flat positions (in B * T) where they are
     predicted, their ids, and the rows that they belong to; (N,) each. No mask is needed: attention
-    is causal, so no real token sees the padding behind it. The lists are built on the CPU, which
-    avoids GPU synchronisation.
+    is causal, so no real token sees the padding behind it. All of this is computed on the CPU,
+    which avoids GPU synchronisation.
     """
     ids = [torch.tensor(prompt + response) for prompt, response in sequences]
-    ids = pad_sequence(ids, batch_first=True)  # (B, T)
-    where, targets, rows = [], [], []
-    for b, (prompt, response) in enumerate(sequences):
-        first = b * ids.shape[1] + len(prompt) - 1  # a token is predicted one position before it
-        where += range(first, first + len(response))
-        targets += response
-        rows += [b] * len(response)
-    return [torch.as_tensor(x).to(device) for x in (ids, where, targets, rows)]
+    learned = [torch.arange(len(prompt + response)) >= len(prompt)
+               for prompt, response in sequences]
+    ids, learned = [pad_sequence(x, batch_first=True) for x in (ids, learned)]  # (B, T) each
+    rows, columns = learned.nonzero(as_tuple=True)  # (N,) each
+    where = rows * ids.shape[1] + columns - 1  # a token is predicted one position before it
+    return [x.to(device) for x in (ids, where, ids[learned], rows)]
 
 
 def hidden_states(model, ids, where):
-    """The last hidden states at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -158,18 +156,18 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; a longer one is a part of its own. Groups of
-    similar length share a part, so there is little padding. The gradients of the parts add up to
-    that of the batch: memory is bounded by max_tokens, whatever the batch size. Returns lists of
+    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    Groups of similar length share a part, so there is little padding. The gradients of the parts
+    add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
     longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
-    parts, rows = [[]], 0
+    parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
-        rows += len(groups[g])
-        if parts[-1] and rows * T > max_tokens:
+        count += len(groups[g])
+        if parts[-1] and count * T > max_tokens:
             parts.append([])
-            rows = len(groups[g])
+            count = len(groups[g])
         parts[-1].append(g)
     return parts
 
@@ -182,33 +180,32 @@ def score(model, groups, max_tokens):
     for part in tqdm(parts, "log-probs", leave=False, disable=None):
         flat, _ = response_logps(model, [sequence for g in part for sequence in groups[g]])
         logps[part] = flat.view(len(part), -1).cpu()  # (b*K,) -> (b, K)
-    return sum(gather(logps))  # a process leaves 0 where it had no part
+    return sum(all_gather(logps))  # a process leaves 0 where it had no part
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
-    """A response to each prompt, drawn from the model's own distribution: token ids with EOS.
+    """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    The whole vocabulary takes part: top-k or top-p would sample from another distribution than the
-    one whose log-probs are computed elsewhere. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
+    of this file computes. max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
-    longest = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
-    for rows in tqdm(split_batch(longest, max_tokens), "sampling", leave=False, disable=None):
+    groups = [[(prompt, [0] * max_new_tokens)] for prompt in prompts]
+    for rows in tqdm(split_batch(groups, max_tokens), "sampling", leave=False, disable=None):
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
-        mask = (ids >= 0).long()  # (B, T)
-        ids = ids.clamp(min=0)
         cache = None
         for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            new = 1 if cache else ids.shape[1]  # tokens that the cache does not hold yet
+            start = -1 if cache else 0  # the cache holds all tokens but the last one
+            mask = (ids >= 0).long()  # (B, T): -1 is padding
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
                 out = model(
-                    input_ids=ids[:, -new:],
-                    position_ids=positions[:, -new:],
+                    input_ids=ids[:, start:].clamp(min=0),
+                    position_ids=positions[:, start:],
                     attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
@@ -223,7 +220,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                 break
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            mask = torch.cat([mask, torch.ones_like(token)], 1)[going]
             if cache:
                 cache.batch_select_indices(torch.tensor(going, device=model.device))
     return responses
@@ -275,8 +271,8 @@ def toy_well_formed(summary):
 def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
     """Rows of a post, its facts, and k of the model's own summaries, as a human ranks them.
 
-    The human likes true quality and every single word, and judges with Gumbel noise: a pair follows
-    the Bradley-Terry model, a longer ranking the Plackett-Luce model.
+    The human likes 4 * quality + length_bias * words + Gumbel noise. With this noise a pair follows
+    the Bradley-Terry model, and a longer ranking the Plackett-Luce model.
     """
     rng = random.Random(seed)
     posts = [toy_post(rng) for _ in range(count or (2304 if model.small else 256))]
@@ -320,12 +316,12 @@ def evaluate(policy, reference, tokenizer, test, args):
     """Metrics of both models on held-out rows, {"before": ..., "after": ...}, and their samples."""
     pairs = [row["pair"] for row in test]
     lengths = torch.tensor([[len(response) for _, response in pair] for pair in pairs])  # (P, 2)
-    shown = (test * 256)[:256 if policy.small else 32]  # the rows to sample for, in turn
+    shown = (test * 256)[:256 if policy.small else 32]  # repeated up to this number
     asked = [row["pair"][0][0] for row in shown]
     columns, samples = {}, [{"prompt": row["prompt"]} for row in shown]
     qualities = []
     for name, model in (("before", reference), ("after", policy)):
-        # Does the loss's own reward rank pairs that training has not seen? Ties count as wrong.
+        # Held-out accuracy of the loss's own reward. Ties count as wrong.
         rewards = score(model, pairs, args.max_tokens)  # (P, 2)
         if args.loss not in SUMS:
             rewards /= lengths
@@ -350,7 +346,7 @@ def evaluate(policy, reference, tokenizer, test, args):
     # The KL divergence is estimated with the policy's samples, which are those drawn last.
     groups = [[(prompt, response)] for prompt, response in zip(asked, responses)]
     log_ratios = score(policy, groups, args.max_tokens) - score(reference, groups, args.max_tokens)
-    metrics["kl/policy_reference"] = float(log_ratios.mean())  # (S, 1) -> ()
+    metrics["kl/policy_reference"] = float(log_ratios.mean())  # (len(asked), 1) -> ()
     return columns, samples
 
 
@@ -358,7 +354,7 @@ def evaluate(policy, reference, tokenizer, test, args):
 
 
 def schedule(step, steps, warmup=0.1):
-    """The share of the learning rate at a step: up over a first share of steps, then down to 0."""
+    """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
     warmup = max(1, int(warmup * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
@@ -376,18 +372,18 @@ def train(args):
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
         rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed)
-        rows = gather(rows)[0]  # those of rank 0
+        rows = all_gather(rows)[0]  # those of rank 0
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
     pairs = [row["pair"] for row in rows]
     tokenizer.show(*pairs[0][0])
 
     # 3. Batches: each epoch visits all pairs in a new order.
-    args.batch_size = args.batch_size or (32 if model.small or args.data else 8)
-    steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
+    batch_size = args.batch_size or (32 if model.small or args.data else 8)
+    steps = args.steps or args.epochs * math.ceil(len(pairs) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(pairs, len(pairs))
-        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     run = fingerprint(args, pairs)
@@ -397,7 +393,8 @@ def train(args):
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
         # 4. The loss and its gradient, part by part.
-        batch, seen = batches[step], [torch.zeros(0, 3, device=model.device)]
+        batch = batches[step]
+        seen = [torch.zeros(0, 3, device=model.device)]  # a process may have no part
         for part in share(split_batch(batch, args.max_tokens)):
             sequences = [sequence for g in part for sequence in batch[g]]
             # Sums of log-probs, and lengths: (2b,) -> (b, 2) each
@@ -417,10 +414,10 @@ def train(args):
             rewards = logps if args.loss in SUMS else logps / lengths  # (b, 2)
             seen.append(torch.cat([loss[:, None], rewards], 1).detach())  # (b, 3)
 
-        # 5. The update. A state is saved before it, with weights that gave a finite gradient.
+        # 5. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
-        seen = torch.cat(gather(torch.cat(seen).cpu()))  # (b, 3) each -> (B, 3)
+        seen = torch.cat(all_gather(torch.cat(seen).cpu()))  # (b, 3) each -> (B, 3)
         loss, chosen, rejected = seen.unbind(1)  # (B,) each
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -453,7 +450,7 @@ def train(args):
 
 
 def make_parser(losses):
-    """The flags; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -464,15 +461,15 @@ def make_parser(losses):
     flag("--beta", type=float, help="scale of rewards; None: 2 for simpo, 0.1 for cpo")
     flag("--gamma_beta_ratio", type=float, default=0.5, help="simpo: the margin gamma, over beta")
     flag("--lam", type=float,
-         help="weight of the SFT term, in orpo of the other one; None: 1, for orpo 0.1")
+         help="weight of the SFT term, and for orpo of the odds-ratio term; None: 1, orpo 0.1")
     flag("--delta", type=float, default=1.0, help="slic: margin of the hinge, in nats")
     flag("--lr", type=float,
          help="peak learning rate; None: 3e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
     flag("--epochs", type=int, default=1, help="passes over the pairs")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int, help="pairs in an update; None: 32, in the toy of a model above "
-         "10M parameters 8")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--batch_size", type=int,
+         help="pairs in an update; None: 32, and 8 in the toy of a model above 10M parameters")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")

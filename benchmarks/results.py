@@ -85,10 +85,8 @@ RUNS = {
 }
 TIMED = {"gather": ("trl", "liger_kernel"), "dpo_step": ("trl", "liger_kernel"), "rollout": ()}
 SENTENCES = [  # words of a page, and for each {} of them: (run, column, key, digits), of seed 0
-    ("falls from {} at the first step to {} at the last ones, while the true reward of samples "
-     "rises from {} to {}",
-     [("dpo", "first", "logps/chosen", 1), ("dpo", "last", "logps/chosen", 1),
-      ("dpo", "before", "samples/true_reward", 2), ("dpo", "after", "samples/true_reward", 2)]),
+    ("falls to {}, while the true reward of samples rises from {} to {}",
+     [("dpo", "last", "rewards/chosen", 2), ("dpo", "before", "samples/true_reward", 2), ("dpo", "after", "samples/true_reward", 2)]),
 ]
 
 
@@ -285,7 +283,7 @@ OF_SUMMARIES = ("samples/quality", "samples/recall", "samples/made_up", "samples
                 "samples/grammatical", "kl/policy_reference")
 TABLES = {
     "sft": (("loss", "samples/true_reward"), 3,
-            [("sft", "demonstrations", "the demonstrations"), "sft"]),
+            [("sft", "people", "the demonstrations"), "sft"]),
     "reward_model": (("pairs/accuracy", "pairs/ceiling", "calibration/error"), 3,
                      ["reward_model", "best_of_k"]),
     "ppo": (OF_J, 2, ["ppo", "best_of_4", "best_of_16", "raft"]),
@@ -298,7 +296,7 @@ TABLES = {
         ("lesson", "sums", "`--loss cpo --lam 0 --beta 2`"),
         ("lesson", "sums b=.1", "`--loss cpo --lam 0`")]),
     "hir": (("followed/all", "followed/held_out", "samples/reviews", "online/used"), 2,
-            ["hir", "farl", "coh"]),
+            ["hir"]),
     "self_correct": (("value", "perfect", "stop_rule/perfect", "damaged"), 2,
                      [(name, column, f"{command_of(name)}, {label}")
                       for name in ("self_correct", "self_correct_none", "self_correct_bad")

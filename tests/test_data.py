@@ -139,16 +139,17 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     monkeypatch.setattr(ppo_rlhf, "sample", lambda *_: responses)
     prompts, large = ["A", "Bb", "C"], SimpleNamespace(small=False)
     reward = (*judge, 1.0, 2.0)  # reward model, its tokenizer, and what scores are normalised with
-    sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
+    sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 1, 0, a())
     group = [judge[1].encode_example(*pair, 512) for pair in zip(prompts, texts[:2])]
     trained = reward_model.reward_scores(judge[0], group).tolist()
     assert group == sequences[:2]
-    assert scores.tolist() == pytest.approx([*((r - 1) / 2 for r in trained), -1], abs=1e-5)
+    assert scores[:, 0].tolist() == pytest.approx([*((r - 1) / 2 for r in trained), -1], abs=1e-5)
     assert means["samples/without_eos"] == pytest.approx(1 / 3)
     responses[1].pop()  # now most of them have not ended
-    assert ppo_rlhf.rollout(large, None, tiny[1], prompts, 0, a())[1].tolist() == [-1, 2, 0]
+    _, scores, _, _ = ppo_rlhf.rollout(large, None, tiny[1], prompts, 1, 0, a())
+    assert scores[:, 0].tolist() == [-1, 2, 0]
     assert capsys.readouterr().err == ""
-    ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 0, a())
+    ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 1, 0, a())
     assert "do not end within --max_new_tokens" in capsys.readouterr().err
 
 
@@ -201,10 +202,10 @@ def test_ratio_is_one_at_the_first_update(tmp_path, monkeypatch):
     padding or not (CarperAI/trlx#508, huggingface/trl#454); and values are what they were."""
     largest, padded = [], []
     for name in ("policy_loss", "value_loss"):
-        def watched(new, old, x, mask, *rest, loss=getattr(ppo_rlhf, name)):
+        def watched(new, old, x, mask, loss=getattr(ppo_rlhf, name), **named):
             largest.append(float((new - old).detach().abs()[mask].max()))
             padded.append(not mask.all())
-            return loss(new, old, x, mask, *rest)
+            return loss(new, old, x, mask, **named)
         monkeypatch.setattr(ppo_rlhf, name, watched)
     ppo_rlhf.main(f"--out {tmp_path} --steps 1 --batch_size 12 --lr 1e-30 --samples 1 "
                   "--max_tokens 99 --device cpu".split())

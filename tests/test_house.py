@@ -16,11 +16,11 @@ VARIANTS = [f"variants.{path.stem}" for path in sorted(ROOT.glob("variants/[a-z]
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md"))]
 # Functions of one name that do different things in different scripts.
 OWN = {"train", "evaluate", "parse_args", "make_parser", "toy_review", "toy_warm_up"}
-# Tokens of code that a file may have. More than was hoped for: dpo.py (3,900), reward_model.py
-# (3,100) and ppo_rlhf.py (4,300) have toys for large models, too; model.py (2,300 + 500) reads real
-# data and chat templates. About 300 in model.py and 30 to 130 in scripts are for several processes.
-BUDGET = {"sft": 2920, "reward_model": 3210, "dpo": 4150, "simpo": 4030, "ppo_rlhf": 5340,
-          "hir": 3900, "self_correct": 3900, "model": 4270} | dict.fromkeys(VARIANTS, 1600)
+# Tokens of code that a file may have. 100 more than was planned in scripts that run as several
+# processes. Still more: dpo.py (4,000) for win rates, ppo_rlhf.py (4,400) with four models, PPO-ptx
+# and the yardstick, and model.py (3,050), which reads chats, real data and real models.
+BUDGET = {"sft": 2900, "reward_model": 3200, "dpo": 4080, "simpo": 4000, "ppo_rlhf": 5030,
+          "hir": 3900, "self_correct": 3900, "model": 4060} | dict.fromkeys(VARIANTS, 1600)
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENDMARKER}
 

@@ -223,7 +223,6 @@ def test_more_than_a_matrix_after_the_hidden_states(config, changes, weights, tm
     ("NaN", "NaN or infinity"), ("a weight is missing", "lack transformer.ln_f.weight and 0 more"),
     ("reward model", "this is a reward model"), ("no EOS", "no EOS token"),
     ("reward model without a head", "lack score.weight"), ("pickled weights", "only pickled"),
-    ("pickled by index", "names pickled"),
     ("no tokenizer", "tokenizer"), ("noise", "cannot load")])
 def test_broken_folder(kind, fragment, tmp_path, capsys):
     """A model folder that does not fit is named, with what is wrong with it."""
@@ -248,9 +247,6 @@ def test_broken_folder(kind, fragment, tmp_path, capsys):
     elif kind == "pickled weights":  # they could run code
         path.unlink()
         torch.save(weights, folder / "pytorch_model.bin")
-    elif kind == "pickled by index":
-        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "no tokenizer":
         for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
             (folder / name).unlink()

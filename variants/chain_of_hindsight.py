@@ -71,8 +71,8 @@ def train(args):
     count = args.rounds * args.batch_size
     K = math.ceil(args.epochs * args.rounds)
     steps = args.episodes * K
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     state = load_state(args, model, optimizer, run, online=[])
     start, online = state["step"], state["online"]
     log = open_log(args.out, start)
@@ -104,8 +104,8 @@ def train(args):
             (loss.sum() / (2 * len(batch))).backward()
             seen.append(torch.stack([loss, entropy, logps]).detach())  # (3, 2b)
 
-        # 5. The update. A state is saved before it, with weights that gave a finite gradient.
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, 1.0))
+        # 5. The update. A state is saved before it, and only if the gradient is finite.
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step > start and step % args.save_every == 0:
@@ -124,7 +124,7 @@ def train(args):
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=f"{row['loss']:.3f}", followed=f"{row['online/followed']:.2f}")
 
-    # 7. Save, then ask again.
+    # 7. Save, then evaluate again.
     save_model(model, tokenizer, args.out)
     after = evaluate(model, tokenizer, groups, args, GOOD)
     samples = [{"asked": ask(*task), "bad": tokenizer.decode(bad), "good": tokenizer.decode(good)}
@@ -135,7 +135,7 @@ def train(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -148,10 +148,11 @@ def parse_args(argv=None):
          "smoothing 0.2 makes every fifth token random, and the next episode trains on that")
     flag("--episodes", type=int, default=8, help="times that samples are drawn and learned from")
     flag("--rounds", type=int, default=8, help="batches of samples in an episode")
-    flag("--epochs", type=float, default=5.0, help="passes over the samples of an episode")
+    flag("--epochs", type=float, default=5.0,
+         help="updates of an episode, counted in passes over its samples")
     flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="chains in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--samples", type=int, default=400, help="evaluation: samples for each group of tasks")

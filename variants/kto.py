@@ -1,8 +1,9 @@
 """KTO, Kahneman-Tversky optimization: Ethayarajh et al. 2024, arXiv:2402.01306v4.
 
 KTO learns from single responses, each labelled desirable or undesirable, where DPO needs pairs. Its
-reward is DPO's without beta, r = log pi(y|x)/pi_ref(y|x). A response is worth more the further r
-lies above a reference point z, but each further nat counts less, as in prospect theory:
+reward is DPO's without beta, r = log pi(y|x)/pi_ref(y|x). A desirable response is worth more the
+further r lies above a reference point z, an undesirable one the further r lies below it. Each
+further nat counts less, as in prospect theory:
 
     loss = lambda_D sigma(beta (z - r))    if y is desirable
            lambda_U sigma(beta (r - z))    if y is undesirable                              (7), (8)
@@ -28,9 +29,9 @@ from tqdm import tqdm
 
 from dpo import evaluate, response_logps, schedule, score, split_batch, toy_pairs
 from dpo import parse_args as parse_dpo_args
-from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state, say,
-                   share, split_by_prompt)
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
+                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
+                   say, share, split_by_prompt)
 
 # ----------------------------------------------------------------------------------- the loss
 
@@ -110,7 +111,7 @@ def train(args):
     if args.data:
         rows = [read_row(row, tokenizer, *labels_of(row)) for row in read_jsonl(args.data)]
     else:
-        rows = gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
+        rows = all_gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
     pool = encode_examples(tokenizer, rows, args)
     examples, held_out, prompts = split_by_prompt(pool)
     groups = add_mismatched(tokenizer, examples, pool, args)
@@ -121,12 +122,12 @@ def train(args):
     reference_logps = score(model, groups, args.max_tokens)  # (examples, 2)
 
     # 4. Batches: each epoch visits all examples in a new order.
-    args.batch_size = args.batch_size or 32
-    steps = args.steps or args.epochs * math.ceil(len(groups) / args.batch_size)
+    batch_size = args.batch_size or 32
+    steps = args.steps or args.epochs * math.ceil(len(groups) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
-        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
     run = fingerprint(args, [groups, desirable.tolist()])
@@ -152,10 +153,10 @@ def train(args):
             rewards = args.beta * (logps - reference)
             seen.append(torch.stack([loss, logps, rewards, good]).detach())  # (4, b)
 
-        # 7. The update. A state is saved before it, with weights that gave a finite gradient.
+        # 7. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
-        norm = float(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        seen = torch.cat(gather(torch.cat(seen, 1).cpu()), 1)  # (4, b) each -> (4, B)
+        norm = float(clip_grad_norm_(model.parameters(), 1.0))
+        seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (4, b) each -> (4, B)
         loss, logps, rewards, good = seen  # (B,) each
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -182,7 +183,6 @@ def train(args):
     # 9. Save, then compare with the reference. The test pairs are a desirable and an undesirable
     # response each, which need not have the same prompt.
     save_model(model, tokenizer, args.out)
-    del optimizer
     reference, _ = load_model(args.model, device=args.device)
     good, bad = ([example["sequence"] for example in held_out if example["desirable"] == label]
                  for label in (True, False))
@@ -204,7 +204,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="The other flags are those of dpo.py, see python dpo.py --help. --loss, "
-        "--label_smoothing and --alpha have no effect; a batch holds --batch_size responses.")
+        "--label_smoothing and --alpha have no effect. None means --batch_size 32, which counts "
+        "responses, and --lr 5e-4 below 10M parameters, else 1e-5.")
     flag = parser.add_argument
     flag("--lambda_desirable", type=float, default=1.0, help="weight of desirable responses")
     flag("--lambda_undesirable", type=float, default=1.0, help="weight of undesirable responses")

@@ -2,17 +2,17 @@
 
 Of n responses to each prompt the best one becomes "chosen" and the worst one "rejected", so the
 pairs are about what the policy really writes, and no human is asked. SimPO's "Instruct setting"
-makes its data so (Meng et al. 2024, arXiv:2405.14734v3, 3), with n = 5. A reward model that learned
-from another model's verdicts makes it RLAIF. Repeated from the new policy, it is iterated DPO:
+makes its data so (Meng et al. 2024, arXiv:2405.14734v3, 3), with n = 5. If the reward model has
+learned from an AI's verdicts, this is RLAIF. Repeating it with the new policy is iterated DPO:
 
     python reward_model.py
     python -m variants.on_policy_pairs --reward_model runs/reward_model
-    python dpo.py --data runs/on_policy_pairs/pairs.jsonl --beta 0.5
+    python dpo.py --data runs/on_policy_pairs/pairs.jsonl
     python -m variants.on_policy_pairs --reward_model runs/reward_model --model runs/dpo --seed 1
 
 It leaves two files in --out: pairs.jsonl, for dpo.py --data and simpo.py --data, and samples.jsonl
 with every response and its score, for variants.win_rate. A response that does not end within
---max_new_tokens loses its last, unfinished sentence.
+--max_new_tokens is cut behind its last full stop; without one, nothing is left of it.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def collect(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="the policy: tiny, a folder, or a hub id such as gpt2")
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     flag("--n", type=int, default=5, help="responses to each prompt")
     flag("--temperature", type=float, default=1.0, help="of sampling; SimPO took 0.8")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest response")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--prompts", type=int, default=2048, help="toy: prompts to sample for")
     flag("--seed", type=int, default=0, help="the same seed gives the same pairs")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")

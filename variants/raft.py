@@ -1,7 +1,7 @@
 """RAFT and best-of-n: rewards without policy gradients (Dong et al. 2023, arXiv:2304.06767v4).
 
 Best-of-n needs no training at all: draw n samples from the reference, keep the one with the highest
-reward. Its distance from the reference has a bound that no reward can exceed:
+reward. Whatever the reward is, its KL divergence from the reference has a bound:
 
     KL(pi_n || pi_ref) <= log n - (n - 1)/n                           Stiennon et al. 2020, App. G.3
 
@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
                    open_folder, open_log, report, save_model, save_state, share)
 from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_parser, per_token,
                       rollout, schedule, split_batch, token_logps, toy_grammatical, toy_reward,
@@ -37,10 +37,10 @@ from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_pa
 
 
 def best_of_n_log_ratio(rewards, pool, n):
-    """log pi_n/pi_ref of the best of n samples of the reference, from its reward: (P, m).
+    """log pi_n(y)/pi_ref(y), where pi_n is best-of-n, from the reward of y: (P, m).
 
-    rewards: (P, m) for m of the best of each of P prompts. pool: (P, M) rewards of samples of the
-    reference, those of `rewards` among them. The best has reward r with probability
+    rewards: (P, m) rewards of any m responses to each of P prompts. pool: (P, M) rewards of samples
+    of the reference, which include `rewards`. The best of n has reward r with probability
     F(r)^n - F_(r)^n, where F is the share of rewards <= r, and F_ is the share of rewards < r.
     """
     F = (pool[:, None] <= rewards[..., None]).double().mean(2)  # (P, m, M) -> (P, m)
@@ -51,21 +51,18 @@ def best_of_n_log_ratio(rewards, pool, n):
 def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     """Metrics of the reference and of the best of n of its samples, and samples of both."""
     count = args.samples or (128 if reference.small else 8)
-    P = len(prompts)
-    asked = [prompt for prompt in prompts for _ in range(count)]
     _, single, old_texts, before = rollout(
-        reference, reward, tokenizer, asked, args.seed, args)
-    asked = [prompt for prompt in asked for _ in range(args.n)]
+        reference, reward, tokenizer, prompts,
+        count, args.seed, args)  # single: (P, count)
     sequences, scores, texts, _ = rollout(
-        reference, reward, tokenizer, asked, args.seed + 1, args)
-    best = scores.view(-1, args.n).argmax(1)  # (P * count * n,) -> (P * count, n) -> (P * count,)
+        reference, reward, tokenizer, prompts,
+        count * args.n, args.seed + 1, args)
+    best = scores.view(-1, args.n).argmax(1)  # (P, count * n) -> (P * count, n) -> (P * count,)
     best = (torch.arange(len(best)) * args.n + best).tolist()  # their places among all samples
     texts = [texts[i] for i in best]
     responses = [sequences[i][1] for i in best]
-    chosen = scores[best].view(P, count)  # (P * count * n,) -> (P * count,) -> (P, count)
+    chosen = scores.flatten()[best].view(-1, count)  # (P * count * n,) -> (P, count)
 
-    single = single.view(P, -1)  # (P, count)
-    scores = scores.view(P, -1)  # (P, count * n)
     rewards = torch.cat([single, chosen], 1).double()  # (P, 2 * count)
     pool = torch.cat([single, scores], 1).double()  # (P, count + count * n)
     log_ratio = best_of_n_log_ratio(rewards, pool, args.n)  # (P, 2 * count)
@@ -117,10 +114,9 @@ def train(args):
         # 2. The rollout: sample n responses to each of P prompts, score them, and keep the best.
         rng = random.Random(f"{args.seed} {step}")
         P = math.ceil(args.batch_size / args.n)
-        asked = [prompt for prompt in rng.choices(prompts, k=P) for _ in range(args.n)]
-        sequences, scores, _, row = rollout(policy, reward, tokenizer, asked,
-                                            rng.getrandbits(62), args)
-        scores = scores.view(P, args.n)
+        asked = rng.choices(prompts, k=P)
+        sequences, scores, _, row = rollout(policy, reward, tokenizer, asked, args.n,
+                                            rng.getrandbits(62), args)  # scores: (P, n)
         best = [sequences[p * args.n + b] for p, b in enumerate(scores.argmax(1).tolist())]
 
         # 3. How far the policy is from the reference, on all samples.
@@ -134,8 +130,8 @@ def train(args):
         optimizer.param_groups[0]["lr"] = row["lr"] = peak_lr * schedule(step, args.steps)
         losses, norms = [], []
         passes = [rng.sample(best, P) for _ in range(args.ppo_epochs)]
-        for minibatch in [order[i::args.minibatches]
-                          for order in passes for i in range(min(args.minibatches, P))]:
+        for minibatch in [order[i::2] for order in passes
+                          for i in range(min(2, P))]:
             tokens = sum(len(response) for _, response in minibatch)
             parts = split_batch([[sequence] for sequence in minibatch], args.max_tokens)
             for part in share(parts):
@@ -144,8 +140,8 @@ def train(args):
                 losses.append(loss.detach())
 
             add_gradients(policy)
-            # A state is saved before the first update, with weights that gave a finite gradient.
-            norms.append(float(clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
+            # A state is saved before the first update, and only if the gradient is finite.
+            norms.append(float(clip_grad_norm_(policy.parameters(), 1.0)))
             if not math.isfinite(norms[-1]):
                 fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
             if len(norms) == 1 and step % args.save_every == 0:
@@ -158,7 +154,7 @@ def train(args):
                 "kl/policy_reference": float(k1),
                 "kl/k3": float(k3),
                 "scores/std_per_prompt": float(scores.std(1, correction=0).mean()),
-                "policy/loss": sum(gather(float(sum(losses)))) / len(norms),
+                "policy/loss": sum(all_gather(float(sum(losses)))) / len(norms),
                 "policy/entropy": -float(logps.sum() / mask.sum()),
                 "policy/grad_norm": sum(norms) / len(norms)}
         log.write(json.dumps(row) + "\n")
@@ -176,7 +172,7 @@ def train(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = make_parser()
     parser.set_defaults(out="runs/raft")
     parser.add_argument("--best_of_n", action="store_true",

@@ -3,10 +3,10 @@
 RRHF: Yuan et al. 2023, arXiv:2304.05302v3. PRO: Song et al. 2023, arXiv:2306.17492.
 
 Both order the mean log-probs p of the responses to a prompt as the ranking does, and add SFT on the
-best response. RRHF has a hinge for each pair in which r_i < r_j. PRO lets each response k compete
-with all worse ones i, at temperatures T that are lower the more the two differ:
+best response. RRHF has a hinge for each pair of scores r_i < r_k. PRO lets each response k compete
+with all worse ones i, at temperatures 1/T_ki = r_k - r_i; 1/T_kk is the largest of these:
 
-    RRHF = sum max(0, p_i - p_j) - log pi(best)
+    RRHF = sum max(0, p_i - p_k) - log pi(best)
     PRO  = sum -log(e^(p_k/T_kk) / (e^(p_k/T_kk) + sum e^(p_i/T_ki))) - weight log pi(best)
 
     python -m variants.rankings --loss rrhf          # toy: four summaries of each post, ranked
@@ -14,7 +14,7 @@ with all worse ones i, at temperatures T that are lower the more the two differ:
     python -m variants.rankings --data mine.jsonl    # lines of {"prompt", "responses", "ranks"}
 
 Departure from both papers: files hold ranks (1 is best, ties are allowed) instead of scores, so the
-score r of a response is the number of ranks below it.
+score r of a response is the number of different worse ranks.
 """
 
 import json
@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, fail, fingerprint, gather, launch, load_model, load_state,
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
                    open_folder, open_log, read_jsonl, report, save_model, save_state, share,
                    split_by_prompt)
 from reward_model import read_ranking
@@ -40,7 +40,10 @@ from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule
 
 
 def compare(logps, lengths, scores, mask):
-    """Mean log-probs (B, K); r_k - r_i where i is worse than k, else 0 (B, K, K); best sum (B,)."""
+    """Mean log-probs p (B, K), gaps (B, K, K), and the summed log-prob of the best response (B,).
+
+    gaps[b, k, i] is r_k - r_i where response i is worse than response k, and 0 elsewhere.
+    """
     p = torch.where(mask, logps / lengths.clamp(min=1), 0.0)  # (B, K)
     gaps = (scores[:, :, None] - scores[:, None, :]).clamp(min=0)  # (B, K, K)
     gaps *= mask[:, :, None] * mask[:, None, :]
@@ -119,18 +122,18 @@ def train(args):
         rows = read_rankings(args.data, tokenizer)
     else:
         rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed, k=4)
-        rows = gather(rows)[0]  # those of rank 0
+        rows = all_gather(rows)[0]  # those of rank 0
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
     rankings = encode_rankings(tokenizer, rows, args)
     tokenizer.show(*rows[0]["pair"][0])
 
     # 3. Batches: each epoch visits all rankings in a new order.
-    args.batch_size = args.batch_size or 32
-    steps = args.steps or args.epochs * math.ceil(len(rankings) / args.batch_size)
+    batch_size = args.batch_size or 32
+    steps = args.steps or args.epochs * math.ceil(len(rankings) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(rankings, len(rankings))
-        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     run = fingerprint(args, rankings)
@@ -158,10 +161,10 @@ def train(args):
             worst = means.gather(1, mask.sum(1, keepdim=True) - 1)  # (b, K) -> (b, 1)
             seen.append(torch.cat([loss[:, None], means[:, :1], worst], 1).detach())  # (b, 3)
 
-        # 5. The update. A state is saved before it, with weights that gave a finite gradient.
+        # 5. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
-        seen = torch.cat(gather(torch.cat(seen).cpu()))  # (b, 3) each -> (B, 3)
+        seen = torch.cat(all_gather(torch.cat(seen).cpu()))  # (b, 3) each -> (B, 3)
         loss, best, worst = seen.unbind(1)  # (B,) each
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -185,10 +188,9 @@ def train(args):
 
     # 7. Save, then compare with the model at the start, which is loaded again.
     save_model(model, tokenizer, args.out)
-    del optimizer
     reference, _ = load_model(args.model, device=args.device)
     columns, samples = evaluate(model, reference, tokenizer, test, args)
-    report(args.out, columns, samples[::32], panels=[
+    report(args.out, columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"]])
     return columns["after"]
@@ -198,6 +200,11 @@ def parse_args(argv=None):
     """The command line of simpo.py with other losses; --lam is the weight of the SFT term."""
     parser = make_parser(["rrhf", "pro"])
     parser.set_defaults(out="runs/rankings")
+    parser.description = (
+        "The flags of simpo.py. --data also takes {prompt, responses, ranks}. --lam is the weight "
+        "of the SFT term; None: 1 for rrhf, 0.05 (K - 1)^2 for pro. --batch_size None is 32, --lr "
+        "None is 3e-4 below 10M parameters, else 1e-5. --beta, --gamma_beta_ratio and --delta have "
+        "no effect.")
     return parser.parse_args(argv)
 
 

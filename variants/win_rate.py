@@ -89,14 +89,14 @@ def compare(args):
 
 
 def parse_args(argv=None):
-    """The command line; --help shows all defaults."""
+    """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("A", help='JSON Lines file of {"prompt", "response"}')
     flag("B", help="another one, with the same prompts")
     flag("--judge", required=True, help="folder or hub id of a reward model")
     flag("--out", default="runs/win_rate", help="folder for the table and the scored responses")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a forward pass: bounds the memory")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(resume=False)
     return parser.parse_args(argv)
