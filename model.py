@@ -413,7 +413,7 @@ def read_row(row, tokenizer, *keys):
     A response may also be a message of the assistant, or a conversation that ends with one: then
     the messages before it are the prompt.
     """
-    row, prompt = dict(row), row.get("prompt")
+    row, prompt, prompts = dict(row), row.get("prompt"), []
     for key in keys:
         if isinstance(row.get(key), list):
             *before, reply = get_messages(row, key)
@@ -421,13 +421,18 @@ def read_row(row, tokenizer, *keys):
                 fail(f'{row["where"]}: "{key}" ends with a message of the {reply["role"]}, and not '
                      "with a reply of the assistant")
             row[key] = reply["content"]
-            if isinstance(prompt, str):
-                prompt = before or [{"role": "user", "content": prompt}]
-            elif prompt and before and before != prompt:
-                fail(f'{row["where"]}: the conversations of this row differ before their last '
-                     "message; they need the same prompt")
-            prompt = before or prompt
+            if before:
+                prompts.append(before)
+            elif isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
         get_text(row, key)
+    if prompts:
+        if isinstance(prompt, list):
+            prompts.append(prompt)
+        if prompts.count(prompts[0]) < max(len(keys), len(prompts)):
+            fail(f'{row["where"]}: the conversations of this row differ before their last message; '
+                 "they need the same prompt")
+        prompt = prompts[0]
     if isinstance(prompt, list):
         row["prompt"] = prompt
         get_messages(row, "prompt")
@@ -513,7 +518,7 @@ def open_folder(args):
     for flag in ("model", "reference", "policy", "generator", "reward_model", "judge"):
         name = getattr(args, flag, None) or TINY  # so that TINY is never overwritten, either
         if folder.resolve() == Path(name).resolve():
-            fail(f"--out {args.out}: a model that is needed lies there; give another folder")
+            fail(f"--out {args.out}: a model has this folder or this name; give another folder")
     if args.resume and not state.is_file():
         fail(f"--resume: no interrupted run in {folder}; start one without --resume")
     try:
@@ -525,14 +530,14 @@ def open_folder(args):
         try:
             import fcntl
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             fail(f"--out {args.out}: another run is writing there; wait for its end, or give "
                  "another folder")
         except (ImportError, OSError):  # Windows and some network drives have no such locks
             pass
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        (folder / "metrics.jsonl").open("a").close()  # tries to write it
         if not args.resume:
-            (folder / "metrics.jsonl").write_text("")
             state.unlink(missing_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: cannot be written ({error}); give another folder")
@@ -596,7 +601,9 @@ def launch(train, args):
             raise SystemExit(2)
         Path(args.out, "state.new").unlink(missing_ok=True)  # it and model.new may be half written
         shutil.rmtree(f"{args.out}/model.new", ignore_errors=True)
-        remedy = "add --resume to go on from the last saved state, if there is one (--save_every)"
+        remedy = "no state has been saved yet (see --save_every)"
+        if Path(args.out, "state.pt").exists():
+            remedy = "add --resume to go on from the last saved state"
         if isinstance(error, KeyboardInterrupt):
             print("\nstopped;", remedy, file=sys.stderr)
             raise SystemExit(130)

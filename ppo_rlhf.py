@@ -372,7 +372,7 @@ def load_reward(reference, tokenizer, prompts, args):
 
 
 def rollout(policy, reward, tokenizer, prompts, n, seed, args):
-    """Sample a response to each prompt and score it: sequences of ids, scores (B,), texts, means.
+    """Sample n responses to each of P prompts: P*n sequences of ids, scores (P, n), texts, means.
 
     The reward model reads the text through its own tokenizer. A response that did not end scores
     --missing_eos_score, since nobody knows how it would have gone on. (In the toy a larger model
@@ -380,8 +380,8 @@ def rollout(policy, reward, tokenizer, prompts, n, seed, args):
     """
     prompts = [prompt for prompt in prompts for _ in range(n)]  # P * n
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    # With torchrun, each process answers its share of the prompts: every n-th of them.
-    drawn = sample(policy, tokenizer, share(ids), args.max_new_tokens, seed + RANK)
+    mine = share(ids)  # with torchrun, each process answers its share of the prompts
+    drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK) if mine else []
     responses = [own for turn in zip_longest(*all_gather(drawn)) for own in turn if own]
     texts = [tokenizer.decode(response) for response in responses]
     if reward:

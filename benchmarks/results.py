@@ -70,7 +70,6 @@ RUNS = {
     "lesson": ("benchmarks/simpo_lesson.py --figure FOLDER/lesson.png", THREE, 150),
     "objectives": ("benchmarks/objectives.py", ALL, 1500),
     "hir": ("hir.py", FIVE, 130),
-    "farl": ("hir.py --algo farl", THREE, 80),
     "coh": ("-m variants.chain_of_hindsight", THREE, 90),
     "hir_bad": ("hir.py --temperature 1", ONE, 130),
     "hindsight": ("benchmarks/hindsight.py", ALL, 4000),
