@@ -428,9 +428,10 @@ def draw(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6))
+    figure, axes = plt.subplots(2, 2, figsize=(7, 6))
+    axes = axes.flatten()
     colors = dict(zip([*METHODS, "best-of-n"], plt.get_cmap("tab10").colors))
-    titles = {"words": "three words: exact, by enumeration", "reviews": "reviews: from samples"}
+    titles = {"words": "Three words (exact)", "reviews": "Reviews (from samples)"}
     for axis, task in zip(axes, TASKS):
         rows, points, aims = results[task]
         axis.plot([kl for _, _, kl in points], [r for _, r, _ in points], "k", lw=1.5,
@@ -446,12 +447,13 @@ def draw(results, path):
                 axes[2].plot([row["kl"] for row in own], [row["mass"] for row in own],
                              "o" if task == "words" else "x", ms=4, color=color)
         axis.set(title=titles[task], xlabel="KL from the reference, nats", ylabel="reward")
-    axes[2].set(title="language kept (o words: mass on the set, x reviews: grammar)",
-                xlabel="KL from the reference, nats", ylim=(-0.03, 1.03))
-    axes[2].title.set_fontsize(10)
-    axes[0].legend(fontsize=7)
+    axes[2].set(title="Who leaves the language?", xlabel="KL from the reference, nats",
+                ylabel="mass on the set (o), grammatical (x)", ylim=(-0.03, 1.03))
+    axes[3].axis("off")
+    axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center")
+    figure.suptitle("How near does each method come to the frontier?")
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -175,17 +175,21 @@ def main():
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(7, 6.4), sharey=True)
+    axes = axes.flatten()
     for axis, key in zip(axes, ("kl", "words", "made_up")):
         for i, (name, row) in enumerate(table.items()):
             axis.errorbar(row[key][0], row["quality"][0], row["quality"][1], row[key][1], fmt="o",
                           color=plt.get_cmap("tab20")(i), label=name, ms=5, lw=1)
-        axis.set_xlabel({"kl": "KL from the start, nats", "words": "words", "made_up":
+        axis.set_xlabel({"kl": "KL from the start, nats", "words": "words of a summary", "made_up":
                          "made-up facts per fact"}[key])
     axes[0].set_ylabel("true quality")
-    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[2].set_ylabel("true quality")
+    axes[3].axis("off")
+    axes[3].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center", ncols=2)
+    figure.suptitle("All objectives on the same 512 posts")
     figure.tight_layout()
-    figure.savefig(ROOT / "benchmarks" / "objectives.png", dpi=90)
+    figure.savefig(ROOT / "benchmarks" / "objectives.png", dpi=100)
     print(f"the table is in {out / 'table.md'}, the figure in benchmarks/objectives.png")
 
 

@@ -13,7 +13,7 @@ and measure against peers: pip install trl==1.16.0 liger-kernel.
 Three kinds of things are written here and need no typing:
     blocks      between <!-- results: NAME --> and <!-- end -->: tables and terminal output
     sentences   SENTENCES below quotes them, with {} for each number
-    figures     benchmarks/*.png, copied from a run or drawn by a benchmark
+    figures     benchmarks/*.png, drawn from the log of a run, or by a benchmark
 A block that lacks its runs stays as it is, a table goes without such rows, and both are named.
 """
 
@@ -85,7 +85,8 @@ RUNS = {
 TIMED = {"gather": ("trl", "liger_kernel"), "dpo_step": ("trl", "liger_kernel"), "rollout": ()}
 SENTENCES = [  # words of a page, and for each {} of them: (run, column, key, digits), of seed 0
     ("falls to {}, while the true reward of samples rises from {} to {}",
-     [("dpo", "last", "rewards/chosen", 2), ("dpo", "before", "samples/true_reward", 2), ("dpo", "after", "samples/true_reward", 2)]),
+     [("dpo", "last", "rewards/chosen", 2), ("dpo", "before", "samples/true_reward", 2),
+      ("dpo", "after", "samples/true_reward", 2)]),
 ]
 
 
@@ -407,9 +408,47 @@ def block_wrong():
     return markdown(["command", "what it shows", "why"], rows)
 
 
-FIGURES = {f"{name}.png": (name, "curves.png") for name in (
-    "sft", "reward_model", "ppo", "dpo", "simpo", "hir", "self_correct")}
-FIGURES["simpo_lesson.png"] = ("lesson", "lesson.png")
+FIGURES = {  # of seed 0. name: the title, and for each panel the label of its y axis and its lines
+    "sft": ("SFT: the loss falls a little; the rest is free choice of words", [
+        ("loss, nats a token", ["loss"]), ("gradient norm", ["grad_norm"])]),
+    "reward_model": ("Reward model: the loss falls from log 2", [
+        ("loss, nats a pair", ["loss"]), ("gradient norm", ["grad_norm"])]),
+    "ppo": ("PPO: the reward rises while the KL stays small", [
+        ("reward of samples", ["scores/mean"]),
+        ("nats a response", ["kl/policy_reference", "kl/k3"])]),
+    "dpo": ("DPO: the implicit rewards of both responses fall, their difference grows", [
+        ("loss, nats", ["loss"]),
+        ("beta log(pi / pi_ref)", ["rewards/chosen", "rewards/rejected"])]),
+    "simpo": ("SimPO: chosen responses become likelier than rejected ones", [
+        ("loss, nats", ["loss"]),
+        ("mean log-prob, nats a token", ["rewards/chosen", "rewards/rejected"])]),
+    "hir": ("HIR: after some episodes the model does what it is asked", [
+        ("share of samples", ["online/followed", "online/used"]),
+        ("share of outputs", ["contrast/accuracy"])]),
+    "self_correct": ("Self-correction: each round of exploring makes the pool better", [
+        ("loss, nats a token", ["loss"]), ("mean value", ["pool/value"])])}
+
+
+def draw(name):
+    """The curves of a run, smoothed: the mean of eight steps, over the faint values of each."""
+    from matplotlib.figure import Figure
+
+    title, panels = FIGURES[name]
+    log = (folder_of(name) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in log]
+    figure = Figure(figsize=(7, 2.8))
+    for number, (label, keys) in enumerate(panels, 1):
+        axis = figure.add_subplot(1, len(panels), number)
+        for key in keys:
+            values = [row[key] for row in rows]
+            line, = axis.plot(values, alpha=0.25)
+            means = [statistics.mean(values[max(0, i - 7):i + 1]) for i in range(len(values))]
+            axis.plot(means, color=line.get_color(), label=key)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend()
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(ROOT / "benchmarks" / f"{name}.png", dpi=100)
 
 
 # -------------------------------------------------------------------------------------- the pages
@@ -499,11 +538,13 @@ def main():
     fingerprint.cache_clear()
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         write_page(page)
-    for figure, (name, source) in FIGURES.items():
+    for name in FIGURES:
         try:
-            shutil.copy(folder_of(name) / source, ROOT / "benchmarks" / figure)
+            draw(name)
         except Missing:
             continue
+    if is_done("lesson", 0):
+        shutil.copy(folder_of("lesson") / "lesson.png", ROOT / "benchmarks" / "simpo_lesson.png")
     print("README.md and docs/ are written." + bool(MISSING) *
           f" Left out, for want of runs: {', '.join(sorted(MISSING))}")
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import ppo_rlhf  # noqa: E402
 import reward_model  # noqa: E402
 
-PANELS = {"scores/mean": "learned reward (SDs of the reference)", "samples/true_reward":
+PANELS = {"scores/mean": "learned reward, SDs", "samples/true_reward":
           "true reward", "kl/policy_reference": "KL from the reference, nats",
           "samples/grammatical": "share grammatical"}
 RUNS = ("beta 0", "beta 0.5")
@@ -41,24 +41,26 @@ def draw(folder):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(14, 5.4))
+    figure, axes = plt.subplots(2, 2, figsize=(7, 7))
     lines = []
     for name in RUNS:
         out = folder / name.replace(" ", "_")
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        for axis, (key, title) in zip(axes, PANELS.items()):
+        for axis, (key, title) in zip(axes.flatten(), PANELS.items()):
             axis.plot([row["step"] for row in log], [row[key] for row in log], lw=1, label=name)
             axis.set(title=title, xlabel="step")
         after = json.loads((out / "results.json").read_text())["after"]
         samples = (out / "samples.txt").read_text(encoding="utf-8").splitlines()
         texts = [line.split(":", 1)[1] for line in samples if line.startswith("after    :")]
-        lines += [f"{name}: " + ", ".join(f"{key} {after[key]:.2f}" for key in PANELS)]
-        lines += [" " + textwrap.shorten(text, 150, placeholder=" ...") for text in texts[:5]]
+        numbers = ", ".join(f"{key.split('/')[1]} {after[key]:.2f}" for key in PANELS)
+        lines += [f"{name}: {numbers}"]
+        lines += [" " + textwrap.shorten(text, 100, placeholder=" ...") for text in texts[:5]]
         lines += [""]
-    axes[0].legend()
-    figure.tight_layout(rect=(0, 0.42, 1, 1))
-    figure.text(0.02, 0.39, "\n".join(lines), family="monospace", fontsize=8.5, va="top")
-    figure.savefig(ROOT / "benchmarks" / "reward_hacking.png", dpi=80)
+    axes[0, 0].legend()
+    figure.suptitle("Without its KL penalty PPO hacks the reward")
+    figure.tight_layout(rect=(0, 0.34, 1, 1))
+    figure.text(0.02, 0.33, "\n".join(lines), family="monospace", fontsize=7, va="top")
+    figure.savefig(ROOT / "benchmarks" / "reward_hacking.png", dpi=100)
     plt.close(figure)
     return "\n".join(lines)
 

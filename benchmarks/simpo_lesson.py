@@ -48,12 +48,14 @@ def draw(columns, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(METRICS), figsize=(14, 3))
-    for axis, key in zip(axes, METRICS):
+    figure, axes = pyplot.subplots(2, 2, figsize=(7, 4.6))
+    for axis, key in zip(axes.flatten(), METRICS):
         axis.bar(list(columns), [column[f"samples/{key}"] for column in columns.values()])
-        axis.set_title(key)
-        axis.tick_params(axis="x", labelsize=7)
-    figure.savefig(path, bbox_inches="tight", dpi=90)
+        axis.set_title(key, fontsize=10)
+        axis.tick_params(axis="x", labelsize=8)
+    figure.suptitle("Sums at SimPO's beta make summaries worse")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 def main(argv=None):

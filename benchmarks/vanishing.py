@@ -87,7 +87,7 @@ def main():
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2))
+    figure = Figure(figsize=(7, 3.2))
     panels = {"scores/mean": "mean reward of a step's samples",
               "scores/std_per_prompt": "SD of rewards within a prompt"}
     for number, (key, title) in enumerate(panels.items(), 1):
@@ -98,8 +98,9 @@ def main():
                           lw=1, label=f"from {name}" if k == 0 else None)
         axis.set(title=title, xlabel="step of PPO")
         axis.legend()
+    figure.suptitle("PPO learns nothing where all rewards are equal")
     figure.tight_layout()
-    figure.savefig(ROOT / "benchmarks" / "vanishing.png", dpi=90)
+    figure.savefig(ROOT / "benchmarks" / "vanishing.png", dpi=100)
     print("the figure is in benchmarks/vanishing.png")
 
 
