@@ -82,20 +82,24 @@ def main():
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(7, 3), sharey=True)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(7, 3.2), sharey=True)
+    colors = {}  # a method has the same one in all panels
     for axis, (title, names) in zip(axes, PANELS.items()):
         for name in names:
             points = list(zip(*curves[name]))  # one tuple over seeds for each number of samples
             x = [256 * i for i in range(len(points))]
             mean = [statistics.mean(p) for p in points]
-            axis.plot(x, mean, label=name.split(", ")[0] if "req" in name else name)
-            axis.fill_between(x, list(map(min, points)), list(map(max, points)), alpha=0.2)
+            label = name.split(", ")[0] if "req" in name else name
+            color = colors.setdefault(label, f"C{len(colors)}")
+            axis.plot(x, mean, color=color, label=label)
+            axis.fill_between(x, list(map(min, points)), list(map(max, points)), color=color,
+                              alpha=0.2)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("samples drawn")
-        axis.legend(fontsize=7)
     axes[0].set_ylabel("share of instructions followed")
     figure.suptitle("Relabeling pays where success is rare (band: all seeds)")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(ROOT / "benchmarks" / "hindsight.png", dpi=100)
     print(f"the table is in {Path(args.out) / 'table.md'}, the figure in benchmarks/hindsight.png")
 
