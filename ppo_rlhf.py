@@ -495,8 +495,12 @@ def train(args):
             text = tokenizer.encode(get_text(row, "text")) + [tokenizer.eos_id]
             ptx.append(([tokenizer.eos_id], text[:tokenizer.context - 1]))
 
-    # 3. The optimizer, and the state of an interrupted run.
-    peak_lr = args.lr or (2e-4 if policy.small else 1e-5)
+    # 3. The optimizer, and the state of an interrupted run. lambda is 1 for a larger model: its
+    # responses are long and its value network is new, so with 0.95 early tokens would earn nothing.
+    lam = args.lam
+    if lam is None:
+        lam = 0.95 if policy.small else 1.0
+    peak_lr = args.lr or (2e-4 if policy.small else 1e-5 if args.data else 3e-5)
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
     run = fingerprint(args, [prompts, ptx])
@@ -524,7 +528,7 @@ def train(args):
         # 6. Rewards, advantages and returns. They are constants in the updates that follow.
         scores = scores.to(policy.device)  # (P, n)
         rewards = token_rewards(scores.flatten(), old_logps, reference_logps, mask, beta)
-        advantages, returns = gae(rewards, old_values, mask, lam=args.lam)
+        advantages, returns = gae(rewards, old_values, mask, lam=lam)
         advantages = whiten(advantages, mask)
 
         # 7. A few passes over the rollout, each in two minibatches. Losses are means over a
@@ -616,7 +620,8 @@ def make_parser():
          help="score of a response that does not end within --max_new_tokens")
     flag("--n", type=int, default=4, help="samples of each prompt")
     flag("--ppo_epochs", type=int, default=4, help="passes over a step's samples, two updates each")
-    flag("--lr", type=float, help="peak learning rate; None: 2e-4 below 10M parameters, else 1e-5")
+    flag("--lr", type=float,
+         help="peak learning rate; None: 2e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
     flag("--steps", type=int, default=40, help="steps; each samples, scores and learns")
     flag("--batch_size", type=int, default=64, help="samples in a step: whole groups of --n")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
@@ -636,8 +641,9 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--kl_target", type=float,
          help="change beta after each step so that KL comes to this many nats; None: fixed beta")
-    flag("--lam", type=float, default=0.95,
-         help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network")
+    flag("--lam", type=float,
+         help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network; None: 0.95 "
+         "below 10M parameters, else 1")
     flag("--ptx_data", help='JSON Lines file of {"text"}, also learnt from (PPO-ptx)')
     flag("--ptx_coef", type=float, default=1.0, help="weight of the loss on --ptx_data")
     return parser.parse_args(argv)

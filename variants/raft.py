@@ -101,7 +101,7 @@ def train(args):
                                                     args)
         report(args.out, {"before": before, "after": after}, samples, [])
         return after
-    peak_lr = args.lr or (2e-4 if policy.small else 1e-5)
+    peak_lr = args.lr or (2e-4 if policy.small else 1e-5 if args.data else 3e-5)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
 
