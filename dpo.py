@@ -489,7 +489,8 @@ def parse_args(argv=None):
     flag("--batch_size", type=int,
          help="pairs in an update; None: 32, and 8 in the toy of a model above 10M parameters")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    flag("--lora_rank", type=int, default=0,
+         help="train adapters of this rank, which need a higher --lr; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--pairs", type=int, help="toy: pairs to sample; None: 4352 below 10M parameters, or 160")

@@ -625,7 +625,8 @@ def make_parser():
     flag("--steps", type=int, default=40, help="steps; each samples, scores and learns")
     flag("--batch_size", type=int, default=64, help="samples in a step: whole groups of --n")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    flag("--lora_rank", type=int, default=0,
+         help="train adapters of this rank, which need a higher --lr; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--samples", type=int,
          help="evaluation: samples for each of 8 prompts; None: 128 below 10M parameters, else 8")

@@ -400,7 +400,8 @@ def parse_args(argv=None):
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
     flag("--batch_size", type=int, default=16, help="prompts in an update")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    flag("--lora_rank", type=int, default=0,
+         help="train adapters of this rank, which need a higher --lr; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--rankings", type=int,
          help="toy: prompts with ranked responses; None: 4608 below 10M parameters, else 192")

@@ -476,7 +476,8 @@ def parse_args(argv=None):
     flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="pairs in an update")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    flag("--lora_rank", type=int, default=0,
+         help="train adapters of this rank, which need a higher --lr; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--problems", type=int, default=512, help="toy: plays to learn from, and as many held out")
     flag("--warm_up", type=int, default=300, help="toy: steps of SFT before the first round")

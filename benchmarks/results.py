@@ -60,7 +60,7 @@ RUNS = {
     "ipo": ("dpo.py --loss ipo --beta 0.1", THREE, 65),
     "rdpo": ("dpo.py --loss rdpo", THREE, 65),
     "kto": ("-m variants.kto", THREE, 80),
-    "dpo_lora": ("dpo.py --lora_rank 8", THREE, 75),
+    "dpo_lora": ("dpo.py --lora_rank 8 --lr 1e-3", THREE, 75),
     "iterated": ("benchmarks/rounds.py pairs", ALL, 450),
     "dpo_bad": ("dpo.py --beta 0.05 --lr 2e-3", ONE, 65),
     "simpo": ("simpo.py", FIVE, 40),

@@ -153,7 +153,8 @@ def parse_args(argv=None):
     flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="chains in an update")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    flag("--lora_rank", type=int, default=0,
+         help="train adapters of this rank, which need a higher --lr; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--samples", type=int, default=400, help="evaluation: samples for each group of tasks")
     flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: an instruction asks "
