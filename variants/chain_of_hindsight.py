@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from hir import (ask, evaluate, hir_loss, output_statistics, read_tasks, sample_and_relabel,
                  schedule, split_batch, toy_warm_up)
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log, report,
-                   save_model, save_state)
+from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
+                   open_folder, open_log, report, save_model, save_state, share)
 
 GOOD, BAD = " Good:", " Bad:"
 
@@ -83,7 +83,8 @@ def train(args):
         if len(online) == step // K * count:
             rng = random.Random(f"{args.seed} episode {step}")
             asked = rng.choices(tasks, k=count)
-            online += sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args, GOOD)
+            drawn = sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args, GOOD)
+            online += all_gather(drawn)[0]  # those of rank 0
         examples = chains(online)
         if not examples:
             fail(f"{count} samples hold no success beside a failure at the same task; take more "
@@ -95,8 +96,8 @@ def train(args):
                  for chain in rng.choices(examples, k=args.batch_size)]
         if step == 0:
             tokenizer.show(*batch[0][1])
-        seen = []
-        for part in split_batch(batch, args.max_tokens):
+        seen = [torch.zeros(3, 0, device=model.device)]  # a process may have no part
+        for part in share(split_batch(batch, args.max_tokens)):
             sequences = [sequence for g in part for sequence in batch[g]]
             logps, entropy, vocabulary_logps = output_statistics(model, sequences)  # (2b,) each
             loss = hir_loss(logps[:, None], entropy, 0.0, 0.0, args.label_smoothing,
@@ -105,6 +106,7 @@ def train(args):
             seen.append(torch.stack([loss, entropy, logps]).detach())  # (3, 2b)
 
         # 5. The update. A state is saved before it, and only if the gradient is finite.
+        add_gradients(model)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
@@ -115,9 +117,9 @@ def train(args):
         optimizer.zero_grad()
 
         # 6. What to watch.
-        seen = torch.cat(seen, 1).mean(1).tolist()  # (3, 2b) each -> (3, 2B) -> (3,)
+        seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (3, 2b) each -> (3, 2B)
         row = {"step": step + 1, "lr": lr * schedule(step, steps), "grad_norm": norm}
-        row |= dict(zip(("loss", "entropy", "logps/outputs"), seen))
+        row |= dict(zip(("loss", "entropy", "logps/outputs"), seen.mean(1).tolist()))
         followed = [obeyed == wanted for _, wanted, obeyed, _ in online[-count:]]
         row["online/followed"] = sum(followed) / count
         row["online/used"] = len(examples) / len(online)
