@@ -5,7 +5,7 @@ This is the only file that the scripts share. Nothing in it is an alignment algo
     model, tokenizer = load_model("tiny")       # or a folder, or a hub id such as "gpt2"
     save_model(model, tokenizer, "runs/mine")   # AutoModelForCausalLM.from_pretrained loads that
 
-No code from a hub is ever run, and weights are those of safetensors files.
+No code from a hub is ever run.
 """
 
 import hashlib

@@ -106,7 +106,7 @@ def parse_args(argv=None):
     flag("--n", type=int, default=5, help="responses to each prompt")
     flag("--temperature", type=float, default=1.0, help="of sampling; SimPO took 0.8")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest response")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a scoring pass: bounds memory")
     flag("--prompts", type=int, default=2048, help="toy: prompts to sample for")
     flag("--seed", type=int, default=0, help="the same seed gives the same pairs")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")

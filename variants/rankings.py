@@ -4,7 +4,7 @@ RRHF: Yuan et al. 2023, arXiv:2304.05302v3. PRO: Song et al. 2023, arXiv:2306.17
 
 Both order the mean log-probs p of the responses to a prompt as the ranking does, and add SFT on the
 best response. RRHF has a hinge for each pair of scores r_i < r_k. PRO lets each response k compete
-with all worse ones i, at temperatures 1/T_ki = r_k - r_i; 1/T_kk is the largest of these:
+with all worse ones i, at temperatures T: 1/T_ki = r_k - r_i, and 1/T_kk is the largest of them:
 
     RRHF = sum max(0, p_i - p_k) - log pi(best)
     PRO  = sum -log(e^(p_k/T_kk) / (e^(p_k/T_kk) + sum e^(p_i/T_ki))) - weight log pi(best)

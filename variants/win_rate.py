@@ -96,7 +96,7 @@ def parse_args(argv=None):
     flag("B", help="another one, with the same prompts")
     flag("--judge", required=True, help="folder or hub id of a reward model")
     flag("--out", default="runs/win_rate", help="folder for the table and the scored responses")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
+    flag("--max_tokens", type=int, default=4096, help="tokens in a scoring pass: bounds memory")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(resume=False)
     return parser.parse_args(argv)
