@@ -552,7 +552,7 @@ def train(args):
                 error = value_loss(values, old_values[index], returns[index], mask[index],
                                    normalizer=tokens)
                 (loss + error).backward()
-                clipped = ((logps - old_logps[index]).exp() - 1).abs() > 0.2  # (b, r), as in the loss
+                clipped = ((logps - old_logps[index]).exp() - 1).abs() > 0.2  # (b, r)
                 seen[:3] += torch.stack([loss, error, clipped.sum() / tokens]).detach()
 
             # PPO-ptx (InstructGPT, Eq. 2): also the likelihood of texts like those of pretraining.
