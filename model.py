@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -35,7 +36,7 @@ LORA_ALPHA = 16
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # number of this process; 0 prints and saves
 LOCKS = []  # open files; closing one would end its lock
-# Contractions, digits, runs of spaces, newlines, accents, other scripts, emoji.
+# Two tokenizers are compared on this text: contractions, digits, spaces, accents, scripts, emoji.
 PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
          "they'll see...\n")
 
@@ -63,7 +64,7 @@ def say(*texts):
 
 def printable(text):
     """The text without control characters, which could move the cursor or clear the screen."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # all but tab and newline
 
 
 # ---------------------------------------------------------------------------------- tokenizers
@@ -80,7 +81,7 @@ class Tokenizer:
         self.transformers = AutoTokenizer.from_pretrained(folder)
         self.tiktoken = gpt2_encoding(self.transformers)
         self.eos_id = self.transformers.eos_token_id
-        bos = self.transformers.bos_token_id  # which not every tokenizer puts before a text
+        bos = self.transformers.bos_token_id  # not every tokenizer puts it before a text
         self.bos_id = bos if bos in self.transformers.encode("a")[:1] else None
         self.stop_ids = {self.eos_id} | self.end_of_turn()  # load_model adds the model's own
         self.context = 1024  # positions of the model; load_model sets it
@@ -104,7 +105,7 @@ class Tokenizer:
                                         split_special_tokens=not control)
 
     def render(self, prompt, response=None):
-        """The text of a prompt up to where its response begins, or with the response."""
+        """The text of a prompt, ready for its response, or with the response."""
         if isinstance(prompt, str):
             return prompt + (response or "")
         begun = prompt[-1]["role"] == "assistant"  # the prompt ends with the start of the reply
@@ -118,7 +119,7 @@ class Tokenizer:
         return template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
 
     def encode_prompt(self, prompt, response=None):
-        """Token ids of a prompt up to where its response begins, or with the response."""
+        """Token ids of a prompt, ready for its response, or with the response. At least EOS."""
         chat = not isinstance(prompt, str)
         bos = [] if chat or self.bos_id is None else [self.bos_id]  # a template writes its own
         try:
@@ -126,7 +127,7 @@ class Tokenizer:
         except Exception as error:  # there is no template, or it refuses a role, for example
             fail(f"the model's chat template cannot render {json.dumps(prompt)[:200]} ({error}); "
                  "give texts, or take an instruct model")
-        ids = bos + self.encode(text, control=chat)
+        ids = bos + self.encode(text, control=chat) or [self.eos_id]
         if max(ids, default=0) >= self.size:
             fail(f"the model has no embedding for {self.transformers.decode([max(ids)])!r}, which "
                  "its tokenizer knows; take the tokenizer that belongs to the model")
@@ -142,15 +143,15 @@ class Tokenizer:
         ids, both = self.encode_prompt(prompt), self.encode_prompt(prompt, response)
         start, whole = self.render(prompt), self.render(prompt, response)
         if not whole.startswith(start):
-            fail("with a reply, the chat template writes another text in front of it than without, "
-                 f"so the reply has no beginning; give texts. Without: {start[-200:]!r}")
+            fail("the chat template writes a prompt differently when a reply follows, so it is "
+                 f"unknown where the reply begins; give texts. Without a reply: {start[-200:]!r}")
         rest = both[len(ids):]
         if both[:len(ids)] != ids:
             rest = self.encode(whole[len(start):], control=not isinstance(prompt, str))
         rest.append(self.eos_id)
         length = 1 + next(i for i, token in enumerate(rest) if token in self.stop_ids)
         left = min(max_length, self.context) - len(ids)
-        return (ids, rest[:min(length, left)]) if ids and left >= room else None
+        return (ids, rest[:min(length, left)]) if left >= room else None
 
     def decode(self, ids, whole=False):
         """The text of a response; control tokens, such as the EOS at its end, are left out.
@@ -161,7 +162,9 @@ class Tokenizer:
         # SentencePiece drops a leading space. So an "a" is decoded in front, and then removed.
         text = self.transformers.decode([*self.encode("a"), *kept], skip_special_tokens=True,
                                         clean_up_tokenization_spaces=False)[1:]
-        return text[:text.rfind(".") + 1] if whole and kept == ids else text
+        if whole and kept == ids:  # it has no stop token, so it was cut
+            text = text[:text.rfind(".") + 1]
+        return text
 
     def show(self, prompt, response):
         """Print an example: its prompt, and the tokens of its response."""
@@ -211,8 +214,8 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
         if type(config) not in auto._model_mapping:
             fail(f"{name}: transformers has no {auto.__name__[4:]} for a {config.model_type}, so "
                  "this script cannot use it; take a decoder-only language model of another kind")
-        if head == "reward":
-            config.num_labels, config.pad_token_id = 1, tokenizer.eos_id
+        if head == "reward":  # without a padding token: transformers then scores the last token
+            config.num_labels, config.pad_token_id = 1, None
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, as one kernel
         endings = {path.suffix for path in Path(folder).glob("*")}  # empty for a hub id
@@ -227,8 +230,9 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
                 output_loading_info=True, ignore_mismatched_sizes=True)
             missing = sorted(info["missing_keys"])
             for weight, saved, expected in sorted(info["mismatched_keys"]):
-                fail(f"{name}: {weight} is {tuple(saved)} in its weights, and by its config.json "
-                     f"{tuple(expected)}")
+                reason = "a reward is one number" if weight == "score.weight" else "config.json"
+                fail(f"{name}: {weight} is {tuple(saved)} in its weights, and has to be "
+                     f"{tuple(expected)} ({reason})")
         # Without eval() dropout would give two passes of one model different log-probs.
         model = model.eval().to(device)
     except Exception as error:  # transformers raises many kinds
@@ -238,7 +242,7 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
     if missing:  # a new reward head, as in Stiennon et al. 2020
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if lora_rank:
-        add_lora(model, lora_rank, name)
+        add_lora(model, lora_rank)
     tokenizer.size = model.get_input_embeddings().num_embeddings
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     tokenizer.context = positions or tokenizer.context
@@ -246,7 +250,7 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
     model.small = model.num_parameters() < 1e7  # tiny, or trained from it: it has seen only toys
     if head == "lm":
         stops = model.generation_config.eos_token_id  # None, one id, or a list
-        tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops]) - {None}
+        tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops])
     return model, tokenizer
 
 
@@ -254,6 +258,8 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
 def check_model(model, tokenizer, name, missing):
     """End with one line if the scripts cannot use this model. missing: weights its files lack."""
     saved_as_reward = "SequenceClassification" in str(model.config.architectures)
+    if "SequenceClassification" in type(model).__name__ and not hasattr(model, "score"):
+        fail(f"{name}: {type(model).__name__} is no decoder-only model with a score layer")
     if saved_as_reward and not hasattr(model, "score"):
         fail(f"{name}: this is a reward model, and a language model is needed")
     if missing and (missing != ["score.weight"] or saved_as_reward):
@@ -293,11 +299,12 @@ def save_model(model, tokenizer, folder):
         dist.destroy_process_group()
         if RANK:
             raise SystemExit(0)
-    replace_layers(model, LoRA, merged)
+    merge_lora(model)
     new = Path(folder) / "model.new"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     tokenizer.transformers.save_pretrained(new)
+    Path(folder, "chat_template.jinja").unlink(missing_ok=True)  # that of an older model
     for path in sorted(new.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         path.replace(Path(folder, path.name))
     new.rmdir()
@@ -306,52 +313,47 @@ def save_model(model, tokenizer, folder):
 # ---------------------------------------------------------------------------------------- LoRA
 
 
-class LoRA(nn.Module):
-    """h = W0 x + (alpha / r) B A x (Hu et al. 2021, Eq. 3); W0 is frozen, B starts at zero."""
+def add_lora(model, rank):
+    """Freeze the model and give each linear layer of its blocks an adapter.
 
-    def __init__(self, base, rank):
-        super().__init__()
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        d_out, d_in = weight.shape
-        self.base, self.scale = base, LORA_ALPHA / rank
-        self.A = nn.Parameter(torch.randn(rank, d_in).to(weight) * d_in**-0.5)
-        self.B = nn.Parameter(weight.new_zeros(d_out, rank))
-
-    def forward(self, x):
-        return self.base(x) + self.scale * (x @ self.A.T) @ self.B.T
-
-
-def add_lora(model, rank, name):
-    """Freeze the model and put an adapter beside every linear layer of its blocks, in place."""
+    The output of a layer becomes h = W0 x + (alpha / r) B A x (Hu et al. 2021, Eq. 3). W0 is
+    frozen. B starts at zero, so the model computes at first what it computed before.
+    """
     model.requires_grad_(False)
     total = model.base_model.num_parameters(exclude_embeddings=True)
-    replace_layers(model.base_model, (nn.Linear, Conv1D), lambda layer: LoRA(layer, rank))
-    adapted = sum(module.base.weight.numel() for module in model.modules()
-                  if isinstance(module, LoRA))
+    adapted = 0
+    for layer in model.base_model.modules():
+        if isinstance(layer, (nn.Linear, Conv1D)):
+            weight = weight_of(layer)
+            d_out, d_in = weight.shape
+            layer.A = nn.Parameter(torch.randn(rank, d_in).to(weight) * d_in**-0.5)
+            layer.B = nn.Parameter(weight.new_zeros(d_out, rank))
+            layer.adapter = layer.register_forward_hook(adapted_output)
+            adapted += weight.numel()
     say(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
-    try:
-        model(input_ids=torch.arange(2, device=model.device)[None])
-    except AttributeError as error:  # Mamba, for example, reads a layer's weight by itself
-        fail(f"{name}: --lora_rank does not fit a {model.config.model_type}, which uses its layers "
-             f"in an unusual way ({error}); leave it out")
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
 
 
+def adapted_output(layer, inputs, output):
+    """The output of a layer plus that of its adapter: torch calls this after the layer."""
+    scale = LORA_ALPHA / len(layer.A)  # alpha / r
+    return output + scale * (inputs[0] @ layer.A.T) @ layer.B.T
+
+
 @torch.no_grad()
-def merged(adapter):
-    """The layer of an adapter, with the adapter added to its weight."""
-    update = adapter.scale * adapter.B @ adapter.A  # (d_out, d_in)
-    adapter.base.weight += update.T if isinstance(adapter.base, Conv1D) else update
-    return adapter.base
+def merge_lora(model):
+    """Add the adapters to the weights of their layers, and remove them."""
+    for layer in model.modules():
+        if hasattr(layer, "adapter"):
+            weight_of(layer).add_(LORA_ALPHA / len(layer.A) * layer.B @ layer.A)  # (d_out, d_in)
+            layer.adapter.remove()
+            del layer.A, layer.B, layer.adapter
 
 
-def replace_layers(model, kinds, new_layer):
-    """Put new_layer(layer) in the place of every layer of these kinds."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, kinds):
-                setattr(parent, name, new_layer(child))
+def weight_of(layer):
+    """The weight of a linear layer, (d_out, d_in). GPT-2's Conv1D stores it transposed."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 # --------------------------------------------------------------------------------- data files
@@ -394,7 +396,8 @@ def get_text(row, key):
     if "\n\nHuman:" in str(row.get("chosen")):
         remedies = ['"chosen" is a transcript of Human and Assistant; split it behind its last '
                     '"Assistant:", and what is before is the "prompt"']
-    fail(f'{row["where"]}: "{key}" is missing; this row has {list(row)[:-1]}', *remedies)
+    names = [name for name in row if name != "where"]
+    fail(f'{row["where"]}: "{key}" is missing; this row has {names}', *remedies)
 
 
 def get_messages(row, key):
@@ -429,9 +432,9 @@ def read_row(row, tokenizer, *keys):
     if prompts:
         if isinstance(prompt, list):
             prompts.append(prompt)
-        if prompts.count(prompts[0]) < max(len(keys), len(prompts)):
-            fail(f'{row["where"]}: the conversations of this row differ before their last message; '
-                 "they need the same prompt")
+        if prompts != [prompts[0]] * max(len(keys), len(prompts)):
+            fail(f'{row["where"]}: the responses of this row are not all conversations with the '
+                 "same prompt")
         prompt = prompts[0]
     if isinstance(prompt, list):
         row["prompt"] = prompt
@@ -452,11 +455,11 @@ def read_row(row, tokenizer, *keys):
 def split_by_prompt(rows, count=16):
     """(rows to learn from, rows held out, held-out prompts).
 
-    All rows of `count` prompts are held out, but of at most a tenth of all prompts. They are the
-    same prompts for every seed.
+    All rows of `count` prompts are held out, but of at most a tenth of all prompts, and of at least
+    one. They are the same prompts for every seed.
     """
     if not rows:
-        fail("no row is left to use; see --max_length and --max_new_tokens")
+        fail("no row is left; use a lower --max_new_tokens, or a higher --max_length")
     prompts = sorted({json.dumps(row["prompt"], sort_keys=True) for row in rows})
     random.Random(0).shuffle(prompts)
     held_out = [json.loads(prompt) for prompt in prompts[:max(1, min(count, len(prompts) // 10))]]
@@ -516,7 +519,7 @@ def open_folder(args):
     folder = Path(args.out)
     state = folder / "state.pt"
     for flag in ("model", "reference", "policy", "generator", "reward_model", "judge"):
-        name = getattr(args, flag, None) or TINY  # so that TINY is never overwritten, either
+        name = getattr(args, flag, None) or TINY  # TINY must not be overwritten, either
         if folder.resolve() == Path(name).resolve():
             fail(f"--out {args.out}: a model has this folder or this name; give another folder")
     if args.resume and not state.is_file():
@@ -601,7 +604,7 @@ def launch(train, args):
             raise SystemExit(2)
         Path(args.out, "state.new").unlink(missing_ok=True)  # it and model.new may be half written
         shutil.rmtree(f"{args.out}/model.new", ignore_errors=True)
-        remedy = "no state has been saved yet (see --save_every)"
+        remedy = "no state has been saved yet"
         if Path(args.out, "state.pt").exists():
             remedy = "add --resume to go on from the last saved state"
         if isinstance(error, KeyboardInterrupt):

@@ -164,13 +164,16 @@ def test_lora_is_scaled_by_alpha_over_r(monkeypatch):
     """Slides often write W0 x + B A x and drop alpha/r. With W0 = 1, A = 2, B = 3, alpha = 2, r = 1
     and x = 1 that is 7; LoRA's output is 13, with the adapter apart and merged."""
     monkeypatch.setattr(m, "LORA_ALPHA", 2)
-    adapter = m.LoRA(torch.nn.Linear(1, 1, bias=False), 1)
-    for weight, value in ((adapter.base.weight, 1), (adapter.A, 2), (adapter.B, 3)):
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.A, layer.B = (torch.nn.Parameter(torch.ones(1, 1)) for _ in range(2))
+    for weight, value in ((layer.weight, 1), (layer.A, 2), (layer.B, 3)):
         torch.nn.init.constant_(weight, value)
     x = torch.ones(1, 1)
-    assert (adapter.base(x) + x @ adapter.A.T @ adapter.B.T).item() == 7
-    assert adapter(x).item() == 13
-    assert m.merged(adapter)(x).item() == 13
+    assert (layer(x) + x @ layer.A.T @ layer.B.T).item() == 7
+    layer.adapter = layer.register_forward_hook(m.adapted_output)
+    assert layer(x).item() == 13
+    m.merge_lora(layer)
+    assert layer(x).item() == 13 and not hasattr(layer, "A")
 
 
 def test_corrections_go_from_worse_to_better():

@@ -63,7 +63,7 @@ def test_a_template_without_a_border_is_refused(chat, capsys):
     chat.transformers.chat_template = TURNS.replace("assistant\n{%", "assistant\n<think>{%")
     with pytest.raises(SystemExit):
         chat.encode_example([ASK], "No.", 99)
-    assert "another text in front of it" in capsys.readouterr().err
+    assert "differently when a reply follows" in capsys.readouterr().err
 
 
 def test_sentencepiece_adds_no_space_of_its_own(tmp_path):
@@ -116,8 +116,8 @@ def test_spellings_of_one_pair(name, chat, tmp_path, capsys):
 
 REFUSED = {  # a row, and what the line says
     "role": ({"prompt": "A", "chosen": [TELL], "rejected": [ASK]}, "a message of the user"),
-    "prompts": ({"chosen": [ASK, TELL], "rejected": [TELL, NO]}, "differ before their last"),
-    "prompt": ({"prompt": [NO], "chosen": [ASK, TELL], "rejected": [ASK, NO]}, "differ before"),
+    "prompts": ({"chosen": [ASK, TELL], "rejected": [TELL, NO]}, "not all conversations"),
+    "prompt": ({"prompt": [NO], "chosen": [ASK, TELL], "rejected": [ASK, NO]}, "not all conv"),
     "no prompt": ({"chosen": [TELL], "rejected": [NO]}, '"prompt" is missing'),
     "null": ({"prompt": [ASK | {"content": None}], "chosen": "a", "rejected": "b"},
              'this one is {"role": "user", "content": null}'),
@@ -153,21 +153,19 @@ def test_warnings_of_texts_come_once(chat, capsys):
 
 
 @pytest.mark.parametrize("kind, head, fragment", [
-    ("MambaConfig", "lora", "--lora_rank does not fit a mamba"),
     ("MambaConfig", "reward", "no ModelForSequenceClassification for a mamba"),
     ("T5Config", "lm", "no ModelForCausalLM for a t5")])
 def test_models_that_cannot_be_used(kind, head, fragment, tmp_path, capsys):
     folder = new_folder(tmp_path / "new", kind, **{
         "MambaConfig": {"state_size": 4}, "T5Config": {"d_model": 16}}.get(kind, {}))
-    refused(capsys, fragment, folder, "reward" if head == "reward" else "lm",
-            lora_rank=2 * (head == "lora"))
+    refused(capsys, fragment, folder, head)
 
 
 def test_lora_says_how_much_it_adapts(tmp_path, capsys):
     """The experts of a mixture have no linear layers, so they get no adapter."""
     folder = new_folder(tmp_path / "new", "MixtralConfig", num_local_experts=4)
     model, _ = m.load_model(folder, lora_rank=2)
-    adapted = sum(x.base.weight.numel() for x in model.modules() if isinstance(x, m.LoRA))
+    adapted = sum(x.weight.numel() for x in model.modules() if hasattr(x, "adapter"))
     blocks = sum(p.numel() for name, p in model.named_parameters()
                  if not name.endswith((".A", ".B", "embed_tokens.weight", "lm_head.weight")))
     assert f"LoRA: {adapted / blocks:.0%} of the parameters" in capsys.readouterr().out
@@ -180,8 +178,7 @@ def test_a_vocabulary_of_another_size(kind, tmp_path, capsys):
     m.save_model(*m.load_model(folder), folder)
     if kind == "config":
         edit(folder / "config.json", vocab_size=330)
-        refused(capsys, "weight is (320, 16) in its weights, and by its "
-                "config.json (330, 16)", folder)
+        refused(capsys, "weight is (320, 16) in its weights, and has to be (330, 16)", folder)
         return
     theirs = hf.AutoTokenizer.from_pretrained(folder)
     theirs.add_tokens([f"<new{i}>" for i in range(60)])
