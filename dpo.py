@@ -53,16 +53,17 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, tau):
-    """IPO, Azar et al. 2023 (arXiv:2310.12036v2), Eq. (17): h has a target, so it stays bounded."""
+    """IPO, Azar et al. 2023 (arXiv:2310.12036v2), Eq. (17): h is drawn to 1 / (2 tau)."""
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
     return (h - 1 / (2 * tau)) ** 2
 
 
 def rdpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected,
               chosen_lengths, rejected_lengths, beta, alpha):
-    """R-DPO, Park et al. 2024 (arXiv:2403.19159): DPO for the reward r - alpha * length.
+    """R-DPO, Park et al. 2024 (arXiv:2403.19159): the policy maximises r - alpha * length.
 
-    Lengths: (B,), in tokens. (The SimPO paper prints a minus here, which would reward length.)
+    So r is beta log(pi / pi_ref) + alpha * length, up to a constant. Lengths: (B,), in tokens. (The
+    SimPO paper prints a minus in place of the plus, which would reward length.)
     """
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
     return -F.logsigmoid(beta * h + alpha * (chosen_lengths - rejected_lengths))
@@ -144,12 +145,12 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    A group is a list of sequences that stay together; if it is too large, it is a part alone.
     Groups of similar length share a part, so there is little padding. The gradients of the parts
     add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
-    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    longest = [max(len(prompt + response) for prompt, response in group) for group in groups]
     parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
         count += len(groups[g])
@@ -175,8 +176,8 @@ def score(model, groups, max_tokens):
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
-    of this file computes. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
+    max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -209,7 +210,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
             if cache:
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
+                cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -257,8 +258,8 @@ def toy_grammatical(review):
 def toy_pairs(model, tokenizer, count, seed):
     """Pairs of the model's own samples, judged by a noisy human.
 
-    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. Of a
-    model that is not small many samples tie, so the best and the worst of eight are compared.
+    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. Samples
+    of a larger model often tie, so the best and the worst of eight are compared.
     """
     rng = random.Random(seed)
     prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 160))
@@ -288,7 +289,7 @@ def toy_pairs(model, tokenizer, count, seed):
 def encode_pairs(tokenizer, rows, args):
     """The usable rows, each with a new key "pair": [(prompt ids, chosen ids), (..., rejected)]."""
     usable = []
-    no_room, cut = 0, 0
+    no_room = cut = 0
     for row in rows:
         pair = [tokenizer.encode_example(row["prompt"], row[side], args.max_length,
                                          room=args.max_new_tokens)
@@ -313,7 +314,7 @@ def yardstick(rewards, policy, reference, beta):
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
     """
     n = rewards.shape[1] // 2
-    log_weights = reference - torch.logaddexp(reference, policy)  # of pi_ref / (pi_ref + pi)
+    log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
     x = log_weights + rewards / beta  # (P, 2n)
     optimum = beta * (x.logsumexp(1) - math.log(n)).mean()
     effective_samples = 1 / x.softmax(1).square().sum(1).max()  # of the worst prompt
@@ -338,8 +339,8 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     P = len(prompts)
     n = args.samples or (128 if policy.small else 8)
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
-    answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed)
-               for model in (reference, policy)]
+    answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed, 1.0,
+                      4 * args.max_tokens) for model in (reference, policy)]
     texts = [[tokenizer.decode(response) for response in responses] for responses in answers]
     rewards = torch.tensor([toy_reward(text) for own in texts for text in own]).view(2, P, n)
     for metrics, own, responses, reward in zip((before, after), texts, answers, rewards):
@@ -348,8 +349,6 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
             metrics["samples/true_reward"] = float(reward.mean())
             if policy.small:
                 metrics["samples/grammatical"] = sum(map(toy_grammatical, own)) / len(own)
-            else:
-                metrics["samples/different_words"] = len(set(" ".join(own).split()))
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
         after["samples/win_rate"] = float(1 + (rewards[1] - rewards[0]).sign().mean()) / 2
 
@@ -358,7 +357,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     reference_logps, policy_logps = (score(model, groups, args.max_tokens).view(2, P, n).double()
                                      for model in (reference, policy))  # (2*P*n, 1) -> (2, P, n)
     after["kl/policy_reference"] = float((policy_logps - reference_logps)[1].mean())
-    if not args.data and policy.small:  # with larger models the estimate of J* would be a guess
+    if not args.data and policy.small:  # of a larger model there are too few samples for J*
         rewards, policy_logps, reference_logps = (
             x.transpose(0, 1).flatten(1)  # (2, P, n) -> (P, 2n)
             for x in (rewards, policy_logps, reference_logps))
@@ -371,8 +370,8 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
 
 def schedule(step, steps, warmup=0.1):
     """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
-    warmup = max(1, int(warmup * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    peak = max(1, int(warmup * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def train(args):
@@ -381,16 +380,18 @@ def train(args):
 
     # 1. The policy. Before its first step it is also the reference.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (5e-4 if model.small else 1e-5 if args.data else 3e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 5e-4 if model.small else 1e-5 if args.data else 3e-5
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
         rows = all_gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
-    rows, held_out, prompts = split_by_prompt(encode_pairs(tokenizer, rows, args))
+    rows, test_rows, held_out = split_by_prompt(encode_pairs(tokenizer, rows, args))
     pairs = [row["pair"] for row in rows]
-    test = [row["pair"] for row in held_out]
+    test = [row["pair"] for row in test_rows]
     tokenizer.show(*pairs[0][0])
 
     # 3. The reference's log-probs of all pairs, computed while the policy still is the reference.
@@ -398,7 +399,9 @@ def train(args):
 
     # 4. Batches: each epoch visits all pairs in a new order.
     batch_size = args.batch_size or (32 if model.small or args.data else 8)
-    steps = args.steps or args.epochs * math.ceil(len(pairs) / batch_size)
+    steps = args.steps
+    if steps is None:
+        steps = args.epochs * math.ceil(len(pairs) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
@@ -413,9 +416,9 @@ def train(args):
     for step in progress:
         # 5. The loss and its gradient, part by part.
         batch = batches[step]
-        seen = [torch.zeros(5, 0, device=model.device)]
-        for part in share(split_batch([pairs[i] for i in batch], args.max_tokens)):
-            part = [batch[g] for g in part]
+        seen = [torch.zeros(5, 0, device=model.device)]  # a process may have no part
+        for groups in share(split_batch([pairs[i] for i in batch], args.max_tokens)):
+            part = [batch[g] for g in groups]
             sequences = [sequence for i in part for sequence in pairs[i]]
             logps, lengths = response_logps(model, sequences)  # (2b,) each
             chosen, rejected = logps.view(-1, 2).unbind(1)  # (2b,) -> (b, 2) -> (b,) each
@@ -438,7 +441,6 @@ def train(args):
         # 6. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
-        seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
@@ -447,11 +449,12 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 7. What to watch. At the first step all rewards are 0, and ties count as wrong: 1e-4 is
-        # above the rounding error of two equal log-probs.
+        # 7. What to watch. At the first step all rewards are 0 but for rounding. So a gap below
+        # 1e-4 counts as a tie, and a tie as wrong.
+        seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)
         names = "loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"
         row = {"step": step + 1, "lr": lr, "grad_norm": norm}
-        row |= dict(zip(names, seen.mean(1).tolist()))
+        row |= zip(names, seen.mean(1).tolist())
         row["rewards/accuracy"] = float((seen[3] - seen[4] > 1e-4).float().mean())
         log.write(json.dumps(row) + "\n")
         progress.set_postfix(loss=row["loss"])
@@ -459,9 +462,9 @@ def train(args):
     # 8. Save, then compare with the reference, which is loaded again.
     save_model(model, tokenizer, args.out)
     reference, _ = load_model(args.model, device=args.device)
-    before, after, texts = evaluate(model, reference, tokenizer, test, prompts[:8], args)
+    before, after, texts = evaluate(model, reference, tokenizer, test, held_out[:8], args)
     samples = [{"prompt": prompt, "before": old, "after": new}
-               for prompt, old, new in zip(prompts, *texts)]
+               for prompt, old, new in zip(held_out, *texts)]
     report(args.out, {"before": before, "after": after}, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"],

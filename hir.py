@@ -8,9 +8,9 @@ Algorithm 1 samples outputs o, relabels them, and then minimises
     loss = L_sup + alpha L_con + beta L_ent                                                    (6)
     L_sup = -1/|o| log M(o|p*),  L_con = -log(P_1 / sum_k P_k),  L_ent = sum_v M(v) log M(v)
 
-P_k is exp of the mean log-prob per token of o under instruction p_k. The first instruction is p*;
-the others are alternatives that o does not obey. L_con keeps the model from ignoring what it is
-asked, and L_ent keeps its outputs diverse.
+M is the model. P_k is exp of the mean log-prob per token of o under instruction p_k. The first
+instruction is p*; the others are alternatives that o does not obey. L_con keeps the model from
+ignoring what it is asked, and L_ent keeps its outputs diverse.
 
     python hir.py                                  # toy: reviews of a given length, mood and topic
     python hir.py --data mine.jsonl --model gpt2   # lines of {"prompt", "answer"}
@@ -80,9 +80,9 @@ def hir_loss(logps, token_entropy, alpha=1.0, beta=0.001, label_smoothing=0.2,
     supervised = -logps[:, 0]  # (B,)
     if e:
         supervised = (1 - e) * supervised - e * vocabulary_logps
-    share = logps.log_softmax(1)  # (B, C): log(P_k / sum_k P_k); 0 if there is no alternative
-    others = share[:, 1:].sum(1) / max(C - 1, 1)  # (B,)
-    contrast = -(1 - e) * share[:, 0] - e * others
+    log_share = logps.log_softmax(1)  # (B, C): log(P_k / sum_k P_k); 0 without an alternative
+    others = log_share[:, 1:].sum(1) / max(C - 1, 1)  # (B,)
+    contrast = -(1 - e) * log_share[:, 0] - e * others
     return supervised + alpha * contrast - beta * token_entropy
 
 
@@ -142,12 +142,12 @@ def output_statistics(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    A group is a list of sequences that stay together; if it is too large, it is a part alone.
     Groups of similar length share a part, so there is little padding. The gradients of the parts
     add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
-    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    longest = [max(len(prompt + response) for prompt, response in group) for group in groups]
     parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
         count += len(groups[g])
@@ -162,8 +162,8 @@ def split_batch(groups, max_tokens):
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
-    of this file computes. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
+    max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -196,7 +196,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
             if cache:
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
+                cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -211,7 +211,7 @@ CHOICES = {"length": ["short", "long"], "mood": ["kind", "fair", "bad"], "topic"
 
 
 def toy_instructions(requirements, held_out):
-    """All instructions of so many requirements, in a fixed random order: a sixth is held out."""
+    """The instructions of so many requirements that are learned from, or the held-out sixth."""
     keys = list(CHOICES)[:requirements]
     instructions = [dict(zip(keys, values))
                     for values in itertools.product(*(CHOICES[key] for key in keys))]
@@ -325,7 +325,8 @@ def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
     """
     prompts = [tokenizer.encode_prompt(ask(problem, wanted)) + tokenizer.encode(feedback)
                for problem, wanted in tasks]
-    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed, args.temperature)
+    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed,
+                     args.temperature or 1e-4, 4 * args.max_tokens)  # 1e-4: the likeliest token
     samples = []
     for (problem, wanted), output in zip(tasks, outputs):
         done = observe(problem, tokenizer.decode(output), output[-1] in tokenizer.stop_ids)
@@ -353,8 +354,8 @@ def evaluate(model, tokenizer, groups, args, feedback=""):
 
 def schedule(step, steps, warmup=0.1):
     """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
-    warmup = max(1, int(warmup * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    peak = max(1, int(warmup * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def train(args):
@@ -365,7 +366,9 @@ def train(args):
 
     # 1. The model, and the tasks. The toy begins with a warm-up.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    lr = args.lr or (4e-3 if model.small else 1e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 4e-3 if model.small else 1e-5
     room = tokenizer.context - args.max_new_tokens
     tasks, groups = read_tasks(tokenizer, args, room)
     run = fingerprint(args, tasks)
@@ -424,18 +427,18 @@ def train(args):
         seen = torch.cat(seen, 1).cpu()  # (4, b) each -> (4, B)
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
-        if step > start and step % args.save_every == 0:
+        if step % args.save_every == 0:
             save_state(args.out, model, optimizer, run=run, step=step, online=online)
         # With a shorter warm-up some seeds never learn to read the topic.
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, warmup=0.25)
+        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps, warmup=0.25)
         optimizer.step()
         optimizer.zero_grad()
 
         # 7. What to watch. contrast/accuracy: how often is an output most likely under the
         # instruction that it obeys? Ties count as wrong. Without alternatives it is 1.
         names = "loss", "entropy", "logps/obeyed", "contrast/accuracy"
-        row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-        row |= dict(zip(names, seen.mean(1).tolist()))
+        row = {"step": step + 1, "lr": lr, "grad_norm": norm}
+        row |= zip(names, seen.mean(1).tolist())
         row["online/followed"] = fmean(example[1] == example[2] for example in online[-count:])
         row["online/used"] = len(examples) / len(online)
         log.write(json.dumps(row) + "\n")
@@ -447,7 +450,7 @@ def train(args):
     samples = [{"asked": ask(problem, wanted), "wrote": tokenizer.decode(output),
                 "hindsight": in_words(obeyed)}  # two of the first episode, then some of the last
                for problem, wanted, obeyed, output in online[:2] + online[-14:]]
-    report(args.out, {"before": before, "after": after}, samples, [
+    report(args.out, {"before": before, "after": after}, samples, panels=[
         ["online/followed", "online/used"], ["loss"], ["contrast/accuracy"]])
     return after
 
@@ -471,7 +474,7 @@ def parse_args(argv=None):
     flag("--episodes", type=int, default=8, help="times that samples are drawn and learned from")
     flag("--rounds", type=int, default=8, help="batches of samples in an episode")
     flag("--epochs", type=float, default=5.0,
-         help="updates of an episode, counted in passes over its samples")
+         help="updates of an episode, as passes over so many samples as it has")
     flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="outputs in an update")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")

@@ -44,7 +44,7 @@ from model import (RANK, add_gradients, all_gather, fail, fingerprint, get_text,
 
 # ------------------------------------------------------------------ rewards, advantages, losses
 # Tensors are (B, R): a row for each of B responses, as long as the longest of them. The mask is
-# true on real tokens. Whatever stands after the end of a response has no effect.
+# true on real tokens. What stands after the end of a response has no effect.
 
 
 def no_padding(x, mask):
@@ -53,7 +53,7 @@ def no_padding(x, mask):
 
 
 def token_mean(x, mask, normalizer=None):
-    """Mean over real tokens. normalizer: the number to divide by, if it is not their number."""
+    """Sum over real tokens, divided by their number, or by normalizer if it is given."""
     return no_padding(x, mask).sum() / (mask.sum() if normalizer is None else normalizer)
 
 
@@ -77,7 +77,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     values = no_padding(values, mask)
     advantages = torch.zeros_like(values)
     advantage = next_value = 0
-    for t in reversed(range(values.shape[1])):  # after the end all is 0
+    for t in reversed(range(values.shape[1])):  # delta is 0 after the end
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
         advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
@@ -96,9 +96,9 @@ def whiten(x, mask, shift_mean=True):
 def policy_loss(logps, old_logps, advantages, mask, clip=0.2, normalizer=None):
     """PPO's clipped objective, to be minimised: Schulman et al. 2017, Eq. (7). Returns a scalar.
 
-    Taking the larger loss means: nothing more is gained by moving the ratio beyond 1 +- clip, but
-    there is no protection when the move makes things worse. normalizer: the number of tokens of the
-    whole minibatch, if this is only a part of it.
+    With the larger of two losses, moving the ratio beyond 1 +- clip gains nothing more, but a move
+    in the wrong direction still costs its full price. normalizer: the number of tokens of the whole
+    minibatch, if this is only a part of it.
     """
     ratio = no_padding(logps - old_logps, mask).exp()  # (B, R)
     losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -117,7 +117,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2, normalizer=None):
 
 
 def adapt_beta(beta, kl, target, k_beta=0.1):
-    """The next beta of a proportional controller: Ziegler et al. 2019, 2.2. kl: nats a response."""
+    """Beta is raised if kl is above its target, else lowered: Ziegler et al. 2019, 2.2."""
     error = max(-0.2, min(0.2, kl / target - 1))
     return beta * (1 + k_beta * error)
 
@@ -218,12 +218,12 @@ def token_values(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    A group is a list of sequences that stay together; if it is too large, it is a part alone.
     Groups of similar length share a part, so there is little padding. The gradients of the parts
     add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
-    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    longest = [max(len(prompt + response) for prompt, response in group) for group in groups]
     parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
         count += len(groups[g])
@@ -239,7 +239,7 @@ def per_token(function, model, sequences, max_tokens):
     """function(model, sequences) without gradient, part by part: (B, R)."""
     numbers = torch.zeros(len(sequences), max(len(response) for _, response in sequences))
     parts = share(split_batch([[sequence] for sequence in sequences], max_tokens))
-    for part in tqdm(parts, "log-probs", leave=False, disable=None):
+    for part in tqdm(parts, "scoring", leave=False, disable=None):
         rows = function(model, [sequences[b] for b in part])  # (b, r)
         numbers[part, :rows.shape[1]] = rows.cpu()
     return sum(all_gather(numbers)).to(model.device)  # a process leaves 0 where it had no part
@@ -249,8 +249,8 @@ def per_token(function, model, sequences, max_tokens):
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
-    of this file computes. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
+    max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -283,7 +283,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
             if cache:
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
+                cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -342,7 +342,7 @@ def load_prompts(tokenizer, small, args):
     usable = [{"prompt": prompt} for prompt in prompts
               if len(tokenizer.encode_prompt(prompt)) <= room]
     say(f"{len(usable)} prompts; {len(prompts) - len(usable)} left out, as they leave no room for "
-          "--max_new_tokens")
+        "--max_new_tokens")
     rows, _, held_out = split_by_prompt(usable)
     return [row["prompt"] for row in rows], held_out[:8]
 
@@ -367,12 +367,12 @@ def load_reward(reference, tokenizer, prompts, args):
     sd, mean = torch.std_mean(scores[whole], correction=0)
     if not sd > 1e-6:  # NaN without a score
         fail(f"--reward_model {args.reward_model}: {sum(whole)} of 256 samples of the reference "
-             "end within --max_new_tokens, and they do not differ in their scores")
+             "end within --max_new_tokens, and their scores do not differ")
     return model, own, mean, sd
 
 
 def rollout(policy, reward, tokenizer, prompts, n, seed, args):
-    """Sample n responses to each of P prompts: P*n sequences of ids, scores (P, n), texts, means.
+    """Sample n responses to each of P prompts: P*n sequences, scores (P, n), texts, mean metrics.
 
     The reward model reads the text through its own tokenizer. A response that did not end scores
     --missing_eos_score, since nobody knows how it would have gone on. (In the toy a larger model
@@ -381,7 +381,10 @@ def rollout(policy, reward, tokenizer, prompts, n, seed, args):
     prompts = [prompt for prompt in prompts for _ in range(n)]  # P * n
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     mine = share(ids)  # with torchrun, each process answers its share of the prompts
-    drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK) if mine else []
+    drawn = []
+    if mine:
+        drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK, 1.0,
+                       4 * args.max_tokens)
     responses = [own for turn in zip_longest(*all_gather(drawn)) for own in turn if own]
     texts = [tokenizer.decode(response) for response in responses]
     if reward:
@@ -390,8 +393,8 @@ def rollout(policy, reward, tokenizer, prompts, n, seed, args):
                     for prompt, text in zip(prompts, texts)]
         if None in examples:
             fail(f"--reward_model {args.reward_model}: a prompt fills its context")
-        # token_values reads the state before each response token. With one dummy token as response
-        # it reads the state after the last real one.
+        # token_values reads the state before each response token. Before one dummy token, this is
+        # the state after the whole text.
         examples = [(prompt + response, [0]) for prompt, response in examples]
         scores = per_token(token_values, model, examples, args.max_tokens)  # (B, 1)
         scores = (scores[:, 0].cpu() - mean) / sd
@@ -412,8 +415,6 @@ def rollout(policy, reward, tokenizer, prompts, n, seed, args):
         means["samples/true_reward"] = fmean(map(toy_reward, texts))
         if policy.small:
             means["samples/grammatical"] = fmean(map(toy_grammatical, texts))
-        else:
-            means["samples/different_words"] = len(set(" ".join(texts).split()))
     return list(zip(ids, responses)), scores.view(-1, n), texts, means
 
 
@@ -426,7 +427,7 @@ def yardstick(rewards, policy, reference, beta):
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
     """
     n = rewards.shape[1] // 2
-    log_weights = reference - torch.logaddexp(reference, policy)  # of pi_ref / (pi_ref + pi)
+    log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
     x = log_weights + rewards / beta  # (P, 2n)
     optimum = beta * (x.logsumexp(1) - math.log(n)).mean()
     effective_samples = 1 / x.softmax(1).square().sum(1).max()  # of the worst prompt
@@ -468,8 +469,8 @@ def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
 
 def schedule(step, steps, warmup=0.1):
     """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
-    warmup = max(1, int(warmup * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    peak = max(1, int(warmup * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def train(args):
@@ -495,12 +496,14 @@ def train(args):
             text = tokenizer.encode(get_text(row, "text")) + [tokenizer.eos_id]
             ptx.append(([tokenizer.eos_id], text[:tokenizer.context - 1]))
 
-    # 3. The optimizer, and the state of an interrupted run. lambda is 1 for a larger model: its
-    # responses are long and its value network is new, so with 0.95 early tokens would earn nothing.
+    # 3. The optimizer, and the state of an interrupted run. A larger model writes long responses.
+    # With lambda 0.95 their first tokens would earn next to nothing at first: 0.95^60 = 0.05.
     lam = args.lam
     if lam is None:
         lam = 0.95 if policy.small else 1.0
-    peak_lr = args.lr or (2e-4 if policy.small else 1e-5 if args.data else 3e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 2e-4 if policy.small else 1e-5 if args.data else 3e-5
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
     run = fingerprint(args, [prompts, ptx])
@@ -532,7 +535,7 @@ def train(args):
         advantages = whiten(advantages, mask)
 
         # 7. A few passes over the rollout, each in two minibatches. Losses are means over a
-        # minibatch's tokens, and each of its parts contributes its share to the gradient.
+        # minibatch's tokens: the gradients of its parts add up to that of the mean.
         optimizer.param_groups[0]["lr"] = row["lr"] = peak_lr * schedule(step, args.steps)
         seen, norms = torch.zeros(4, device=policy.device), []
         B = len(sequences)
@@ -541,12 +544,12 @@ def train(args):
         for minibatch in [order[i:i + size] for order in orders for i in range(0, B, size)]:
             tokens = mask[minibatch].sum()
             parts = split_batch([[sequences[b]] for b in minibatch], args.max_tokens)
-            for part in share(parts):
-                part = [minibatch[g] for g in part]
+            for groups in share(parts):
+                part = [minibatch[g] for g in groups]
                 batch = [sequences[b] for b in part]
                 logps = token_logps(policy, batch)  # (b, r)
                 values = token_values(value, batch)  # (b, r)
-                index = part, slice(logps.shape[1])  # the part of a tensor (B, R): (b, r)
+                index = part, slice(logps.shape[1])  # x[index] is a part of x: (B, R) -> (b, r)
                 loss = policy_loss(logps, old_logps[index], advantages[index], mask[index],
                                    normalizer=tokens)
                 error = value_loss(values, old_values[index], returns[index], mask[index],
@@ -558,23 +561,23 @@ def train(args):
             # PPO-ptx (InstructGPT, Eq. 2): also the likelihood of texts like those of pretraining.
             texts = rng.choices(ptx, k=len(minibatch)) if ptx else []
             tokens = sum(len(text) for _, text in texts)
-            for text in share(texts):
-                loss = -token_logps(policy, [text]).sum() / tokens
+            for example in share(texts):
+                loss = -token_logps(policy, [example]).sum() / tokens
                 (args.ptx_coef * loss).backward()
                 seen[3] += loss.detach()
 
             add_gradients(networks)
-            # A state is saved before the first update, and only if the gradient is finite.
             norms.append([float(clip_grad_norm_(network.parameters(), 1.0))
                           for network in networks])
             if not math.isfinite(sum(norms[-1])):
                 fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
+            # A state is saved before the first update of a step, if the gradient is finite.
             if len(norms) == 1 and step % args.save_every == 0:
                 save_state(args.out, networks, optimizer, run=run, step=step, beta=beta)
             optimizer.step()
             optimizer.zero_grad()
 
-        # 8. What to watch.
+        # 8. What to watch. If std_per_prompt is 0, the scores of a prompt's samples are all equal.
         k1, k3 = map(float, kl_estimates(old_logps, reference_logps, mask))
         unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
         row |= {"step": step + 1,
@@ -605,7 +608,7 @@ def train(args):
 
 
 def make_parser():
-    """The flags that PPO and RAFT share."""
+    """The flags that PPO shares with variants/raft.py."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
@@ -641,7 +644,7 @@ def parse_args(argv=None):
     parser = make_parser()
     flag = parser.add_argument
     flag("--kl_target", type=float,
-         help="change beta after each step so that KL comes to this many nats; None: fixed beta")
+         help="multiply beta after each step so that KL comes to this many nats; None: fixed beta")
     flag("--lam", type=float,
          help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network; None: 0.95 "
          "below 10M parameters, else 1")

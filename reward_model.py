@@ -76,8 +76,8 @@ def reward_scores(model, sequences):
     """The score of each sequence (prompt ids, response ids), read at its last token: (B,).
 
     The last token is found by length. (transformers looks for the last token that is not padding.
-    If EOS also serves as the padding token, as here, it reads the token before the final EOS.) No
-    mask is needed: attention is causal, so no real token sees the padding behind it.
+    If EOS also served as the padding token, it would read the token before the final EOS.) No mask
+    is needed: attention is causal, so no real token sees the padding behind it.
     """
     ids = [torch.tensor(prompt + response) for prompt, response in sequences]
     lengths = torch.tensor([len(row) for row in ids])  # (B,)
@@ -102,12 +102,12 @@ def score_rows(model, rows):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    A group is a list of sequences that stay together; if it is too large, it is a part alone.
     Groups of similar length share a part, so there is little padding. The gradients of the parts
     add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
-    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    longest = [max(len(prompt + response) for prompt, response in group) for group in groups]
     parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
         count += len(groups[g])
@@ -122,8 +122,8 @@ def split_batch(groups, max_tokens):
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
-    of this file computes. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
+    max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -156,7 +156,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
             if cache:
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
+                cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -283,8 +283,8 @@ def evaluate(model, tokenizer, rows, args):
         scores |= dict(zip(part, rewards.tolist()))
     for g, row in enumerate(rows):
         ranks, texts = row["ranks"], [tokenizer.decode(response) for _, response in row["group"]]
-        shown = {f"rank {rank}, score {score:+.2f}": text
-                 for rank, score, text in zip(ranks, scores[g], texts)}
+        shown = {f"{i}: rank {ranks[i]}, score {scores[g][i]:+.2f}": text
+                 for i, text in enumerate(texts)}
         samples.append({"prompt": row["prompt"]} | shown)
         for i, j in itertools.permutations(range(len(texts)), 2):
             if ranks[i] < ranks[j]:
@@ -304,8 +304,8 @@ def evaluate(model, tokenizer, rows, args):
 
 def schedule(step, steps, warmup=0.1):
     """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
-    warmup = max(1, int(warmup * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    peak = max(1, int(warmup * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def train(args):
@@ -314,7 +314,9 @@ def train(args):
 
     # 1. The reward model: a language model whose new head gives one number.
     model, tokenizer = load_model(args.model, "reward", args.device, args.lora_rank)
-    peak_lr = args.lr or (1e-3 if model.small else 1e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 1e-3 if model.small else 1e-5
 
     # 2. Rankings, from a file or from the toy's human. All rows of some prompts are held out.
     if args.data:
@@ -332,7 +334,9 @@ def train(args):
     # 4. Batches: each epoch visits all rankings in a new order. All pairs of a prompt are in one
     #    batch: if they were spread over batches, each response would be learned from K - 1 times
     #    in an epoch, and the model would overfit (InstructGPT, 3.5).
-    steps = args.steps or args.epochs * math.ceil(len(rows) / args.batch_size)
+    steps = args.steps
+    if steps is None:
+        steps = args.epochs * math.ceil(len(rows) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(rows, len(rows))

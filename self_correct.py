@@ -164,12 +164,12 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    A group is a list of sequences that stay together; if it is too large, it is a part alone.
     Groups of similar length share a part, so there is little padding. The gradients of the parts
     add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
-    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    longest = [max(len(prompt + response) for prompt, response in group) for group in groups]
     parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
         count += len(groups[g])
@@ -184,8 +184,8 @@ def split_batch(groups, max_tokens):
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
-    of this file computes. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
+    max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -218,7 +218,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
             if cache:
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
+                cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -284,7 +284,7 @@ def appraise(problem, text, ended, args):
     else:
         verdicts = [ended and text.strip() == problem["answer"].strip()]
         feedback = f"That is {'right' if verdicts[0] else 'wrong'}."
-    return Answer(text, sum(verdicts) / len(verdicts), feedback * (args.feedback == "text"))
+    return Answer(text, sum(verdicts) / len(verdicts), feedback if args.feedback == "text" else "")
 
 
 def prompt_of(problem, draft=None):
@@ -307,14 +307,16 @@ def read_problems(tokenizer, args, room):
     rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
     rows = [{key: row[key] for key in ("prompt", "answer")} for row in rows]
     usable = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"])) <= room]
-    say(f"{len(usable)} problems; left out: {len(rows) - len(usable)} too long for the model")
+    say(f"{len(usable)} problems; left out: {len(rows) - len(usable)} that leave no room for "
+        "--max_new_tokens")
     return split_by_prompt(usable, 256)[:2]
 
 
 def respond(model, tokenizer, tasks, seed, args):
     """Answers to tasks (problem, draft): corrections of the draft, or new answers if it is None."""
     prompts = [tokenizer.encode_prompt(prompt_of(problem, draft)) for problem, draft in tasks]
-    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed)
+    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed, 1.0,
+                     4 * args.max_tokens)
     return [appraise(problem, tokenizer.decode(ids), ids[-1] in tokenizer.stop_ids, args)
             for (problem, _), ids in zip(tasks, outputs)]
 
@@ -356,8 +358,8 @@ def evaluate(model, tokenizer, problems, args):
 
 def schedule(step, steps, warmup=0.1):
     """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
-    warmup = max(1, int(warmup * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    peak = max(1, int(warmup * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def train(args):
@@ -367,13 +369,15 @@ def train(args):
     # 1. The corrector, the generator and the problems. The toy begins with a warm-up. Without
     # --generator, the generator is the corrector as it is before training.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (1e-3 if model.small else 1e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 1e-3 if model.small else 1e-5
     generator, its_tokenizer = model, tokenizer
     if args.generator:
         generator, its_tokenizer = load_model(args.generator, device=args.device)
     context = min(tokenizer.context, its_tokenizer.context)
-    # A draft that is no valid UTF-8 can have three times as many tokens when it is encoded again;
-    # 32 are for the words around it.
+    # A draft that is no valid UTF-8 can have three times as many tokens when it is encoded again.
+    # Its correction takes one time more, and the words around it at most 32.
     problems, held_out = read_problems(tokenizer, args, context - 4 * args.max_new_tokens - 32)
     run = fingerprint(args, problems)
     if not args.data:
@@ -415,7 +419,7 @@ def train(args):
                 tokenizer.note(f"there are only {count} pairs to learn from; use more problems, a "
                                "larger --pool, or a --generator")
 
-        # 6. A batch: draw problems, and for each a pair. All drafts are equally likely.
+        # 6. A batch: draw problems, and for each a pair. Its drafts are equally likely.
         rng, batch = random.Random(f"{args.seed} {step}"), []
         for problem, pairs, probabilities in rng.choices(lessons, k=args.batch_size):
             draft, better = rng.choices(pairs, probabilities)[0]
@@ -425,7 +429,8 @@ def train(args):
             tokenizer.show(*batch[0])
 
         # 7. The loss, a mean over the tokens of the batch, and its gradient, part by part.
-        tokens, loss = sum(len(response) for _, response in batch), 0.0
+        tokens = sum(len(response) for _, response in batch)
+        loss = 0.0
         for part in split_batch([[sequence] for sequence in batch], args.max_tokens):
             logps, _ = response_logps(model, [batch[g] for g in part])  # (b,)
             part_loss = -logps.sum() / tokens
@@ -436,7 +441,7 @@ def train(args):
         norm = float(clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
-        if step > start and step % args.save_every == 0:
+        if step % args.save_every == 0:
             save_state(args.out, model, optimizer, run=run, step=step, pool=[
                 [tuple(answer) for answer in problem["pool"]] for problem in problems])
         optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
@@ -452,7 +457,7 @@ def train(args):
     # 10. Save, then correct the drafts for the problems that were held out.
     save_model(model, tokenizer, args.out)
     columns, samples = evaluate(model, tokenizer, held_out, args)
-    report(args.out, columns, samples, [["loss"], ["pool/value"]])
+    report(args.out, columns, samples, panels=[["loss"], ["pool/value"]])
     return list(columns.values())[-1]
 
 
@@ -466,11 +471,11 @@ def parse_args(argv=None):
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--generator", help="the model that drafts; None: --model as it is before training")
     flag("--feedback", default="text", choices=["text", "none"], help="what the corrector is told")
-    flag("--alpha", type=float, default=10.0, help="higher learns from the largest improvements")
-    flag("--beta", type=float, default=1.0, help="higher learns from the smallest edits")
+    flag("--alpha", type=float, default=10.0, help="higher draws large improvements more often")
+    flag("--beta", type=float, default=1.0, help="higher draws small edits more often")
     flag("--pool", type=int, default=8, help="answers of the generator to each problem")
-    flag("--rounds", type=int, default=5, help="rounds of exploring and learning; 0 only corrects")
-    flag("--explore", type=int, default=4, help="corrections of each problem's answers in a round")
+    flag("--rounds", type=int, default=5, help="rounds of exploring and learning; 0: no learning")
+    flag("--explore", type=int, default=4, help="corrections to sample for each problem in a round")
     flag("--corrections", type=int, default=3, help="evaluation: times that a draft is corrected")
     flag("--epochs", type=float, default=4.0, help="passes over the problems in a round")
     flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")

@@ -5,8 +5,8 @@ raises the probability of each token of a response, given the prompt and the tok
 
     loss = -(1/N)  sum over responses  sum over t  of  log pi(y_t | x, y_<t)
 
-The sums are over response tokens only, EOS included. N is the number of response tokens in all
-parts of an update, so each token counts the same (a "token mean").
+The sums are over response tokens only, EOS included. N is the number of response tokens in an
+update, so each token counts the same (a "token mean").
 
     python sft.py                                    # toy: reviews in a friendlier tone
     python sft.py --data mine.jsonl --model gpt2     # lines of {"prompt", "completion"}
@@ -121,12 +121,12 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    A group is a list of sequences that stay together; if it is too large, it is a part alone.
     Groups of similar length share a part, so there is little padding. The gradients of the parts
     add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
-    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    longest = [max(len(prompt + response) for prompt, response in group) for group in groups]
     parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
         count += len(groups[g])
@@ -146,7 +146,7 @@ def batch_losses(model, examples, max_tokens):
     tokens = sum(len(response) for _, response in examples)
     for part in share(split_batch([[example] for example in examples], max_tokens)):
         logps, _ = response_logps(model, [examples[i] for i in part])  # (b,)
-        # These are sums over response tokens already, so the mask has a 1 for each of them.
+        # logps holds a sum for each response, so nothing is masked.
         yield sft_loss(logps, torch.ones_like(logps), normalizer=tokens)
 
 
@@ -154,8 +154,8 @@ def batch_losses(model, examples, max_tokens):
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
-    of this file computes. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
+    max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -188,7 +188,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
             if cache:
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
+                cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -279,7 +279,8 @@ def evaluate(model, tokenizer, rows, args):
     loss = float(sum(batch_losses(model, examples, args.max_tokens)))
     metrics = {"loss": sum(all_gather(loss))}
     prompts = [prompt for prompt, _ in examples[:8 if args.data else None]]
-    responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed)
+    responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed, 1.0,
+                       4 * args.max_tokens)
     texts = [tokenizer.decode(response) for response in responses]
     if not args.data:
         metrics["samples/true_reward"] = mean(map(toy_reward, texts))
@@ -291,8 +292,8 @@ def evaluate(model, tokenizer, rows, args):
 
 def schedule(step, steps, warmup=0.1):
     """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
-    warmup = max(1, int(warmup * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    peak = max(1, int(warmup * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def train(args):
@@ -301,7 +302,9 @@ def train(args):
 
     # 1. The model.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (1e-3 if model.small else 1e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 1e-3 if model.small else 1e-5
 
     # 2. Demonstrations, from a file or of the toy. All rows of some prompts are held out.
     if args.data:
@@ -316,7 +319,9 @@ def train(args):
     before, old_texts = evaluate(model, tokenizer, held_out, args)
 
     # 4. Batches: each epoch visits all demonstrations in a new order.
-    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch_size)
+    steps = args.steps
+    if steps is None:
+        steps = args.epochs * math.ceil(len(examples) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(examples, len(examples))

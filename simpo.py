@@ -65,7 +65,7 @@ def orpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, lam=0.1):
 def log1mexp(x):
     """log(1 - e^x) for x < 0. Each of the two branches is exact where the other one is not."""
     x = x.clamp(max=-1e-7)  # at p = 1 the odds would be infinite
-    near = x > -0.69
+    near = x > -0.69  # near 0; log 2 is 0.69
     # torch.where differentiates both branches, so the unused one gets an input that is harmless.
     far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, torch.log(-torch.expm1(x)), far)
@@ -156,12 +156,12 @@ def response_logps(model, sequences):
 def split_batch(groups, max_tokens):
     """Split a batch into parts of at most max_tokens tokens, padding included.
 
-    A group is a list of sequences that stay together; one of more tokens is a part of its own.
+    A group is a list of sequences that stay together; if it is too large, it is a part alone.
     Groups of similar length share a part, so there is little padding. The gradients of the parts
     add up to that of the batch, so the memory does not depend on the batch size. Returns lists of
     indices into groups.
     """
-    longest = [max(len(prompt) + len(response) for prompt, response in group) for group in groups]
+    longest = [max(len(prompt + response) for prompt, response in group) for group in groups]
     parts, count = [[]], 0
     for T, g in sorted(zip(longest, range(len(groups)))):
         count += len(groups[g])
@@ -187,8 +187,8 @@ def score(model, groups, max_tokens):
 def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max_tokens=16384):
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
-    There is no top-k or top-p, since samples must follow the distribution whose log-probs the rest
-    of this file computes. max_tokens bounds the memory, as in `split_batch`.
+    There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
+    max_tokens bounds the memory, as in `split_batch`.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -221,7 +221,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
             rows = [rows[b] for b in going]  # rows that have ended are left behind
             ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
             if cache:
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
+                cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -296,7 +296,7 @@ def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
 def encode_pairs(tokenizer, rows, args):
     """The usable rows, each with a new key "pair": [(prompt ids, chosen ids), (..., rejected)]."""
     usable = []
-    no_room, cut = 0, 0
+    no_room = cut = 0
     for row in rows:
         pair = [tokenizer.encode_example(row["prompt"], row[side], args.max_length,
                                          room=args.max_new_tokens)
@@ -326,7 +326,8 @@ def evaluate(policy, reference, tokenizer, test, args):
         if args.loss not in SUMS:
             rewards /= lengths
         metrics = {"rewards/accuracy": fmean(rewards[:, 0] > rewards[:, 1])}
-        responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed)
+        responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed, 1.0,
+                           4 * args.max_tokens)
         metrics["samples/tokens"] = fmean(map(len, responses))
         for row, response in zip(samples, responses):
             row[name] = tokenizer.decode(response)
@@ -340,13 +341,14 @@ def evaluate(policy, reference, tokenizer, test, args):
                     toy_well_formed(row[name]) for row in samples)
         columns[name] = metrics
 
+    after = columns["after"]
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
-        metrics["samples/win_rate"] = fmean((a < b) + (a == b) / 2 for a, b in zip(*qualities))
+        after["samples/win_rate"] = fmean((a < b) + (a == b) / 2 for a, b in zip(*qualities))
 
     # The KL divergence is estimated with the policy's samples, which are those drawn last.
     groups = [[(prompt, response)] for prompt, response in zip(asked, responses)]
     log_ratios = score(policy, groups, args.max_tokens) - score(reference, groups, args.max_tokens)
-    metrics["kl/policy_reference"] = float(log_ratios.mean())  # (len(asked), 1) -> ()
+    after["kl/policy_reference"] = float(log_ratios.mean())  # (len(asked), 1) -> ()
     return columns, samples
 
 
@@ -355,8 +357,8 @@ def evaluate(policy, reference, tokenizer, test, args):
 
 def schedule(step, steps, warmup=0.1):
     """The share of the peak learning rate: it rises for a part of the steps, then falls to 0."""
-    warmup = max(1, int(warmup * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    peak = max(1, int(warmup * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def train(args):
@@ -365,7 +367,9 @@ def train(args):
 
     # 1. The policy. No other model is needed until training is over.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (3e-4 if model.small else 1e-5 if args.data else 3e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 3e-4 if model.small else 1e-5 if args.data else 3e-5
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
@@ -379,7 +383,9 @@ def train(args):
 
     # 3. Batches: each epoch visits all pairs in a new order.
     batch_size = args.batch_size or (32 if model.small or args.data else 8)
-    steps = args.steps or args.epochs * math.ceil(len(pairs) / batch_size)
+    steps = args.steps
+    if steps is None:
+        steps = args.epochs * math.ceil(len(pairs) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(pairs, len(pairs))
@@ -486,7 +492,8 @@ def make_parser(losses):
 def parse_args(argv=None):
     """The command line, with the defaults that differ between the losses."""
     args = make_parser(["simpo", "cpo", "orpo", "slic"]).parse_args(argv)
-    args.beta = args.beta or (2.0 if args.loss == "simpo" else 0.1)
+    if args.beta is None:
+        args.beta = 2.0 if args.loss == "simpo" else 0.1
     if args.lam is None:
         args.lam = 0.1 if args.loss == "orpo" else 1.0
     return args

@@ -111,7 +111,7 @@ TABLE = {
                        "a language model"),
     "ranks": (["reward_model", "variants.rankings"], lambda good: [RANKS], "", '"ranks"'),
     "label": (["variants.kto"], lambda good: [{"prompt": "A", "completion": "a", "label": 1}], "",
-              "neither true nor false"),
+              "true or false"),
     "reply": (["sft"], lambda good: [{"messages": CHAT}], "", "reply of the assistant")}
 
 
@@ -212,8 +212,7 @@ def test_resume_refuses_what_is_no_state_of_this_run(script, kind, fragment, sto
 @pytest.mark.parametrize("ruinous", [0, 1])
 def test_nan_leaves_a_good_state_and_no_model(script, ruinous, reward, tmp_path, capsys,
                                               monkeypatch):
-    """Of the first update, and of a later one, which may be the last. Of ppo_rlhf.py the state has
-    both networks."""
+    """Of the first update, and of a later one, which may be the last."""
     out, data = tmp_path / "run", write(tmp_path / "data", rows(script))
     monkeypatch.setattr(importlib.import_module(script), "schedule",
                         lambda step, steps, **_: float(step == ruinous))

@@ -91,8 +91,7 @@ def test_no_token_straddles_prompt_and_response(prompt, response, tiny):
 
 
 def test_rows_of_files(tmp_path):
-    """A byte-order mark and blank lines do not matter; a line separator within a text ends no
-    line."""
+    """A byte-order mark and blank lines do not matter; U+2028 within a text ends no line."""
     rows = [{"prompt": "A", "chosen": "a\u2028b\x85c"}, {"prompt": "B"}]
     (tmp_path / "a").write_text("\ufeff" + "\n\n".join(
         json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")

@@ -17,7 +17,8 @@ LLAMA = SMALL | {"num_attention_heads": 2, "intermediate_size": 16, "num_key_val
 CONFIGS = {
     "gpt2": hf.GPT2Config(vocab_size=5, n_embd=8, n_layer=2, n_head=2, initializer_range=0.8),
     "llama": hf.LlamaConfig(**LLAMA), "mistral": hf.MistralConfig(**LLAMA, sliding_window=3),
-    "mamba": hf.MambaConfig(**SMALL, state_size=4)}
+    "mamba": hf.MambaConfig(**SMALL, state_size=4),
+    "hybrid": hf.Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"])}
 RNG = random.Random(0)
 SEQUENCES = [[RNG.choices(range(5), k=RNG.randint(1, longest)) for longest in (6, 4)]
              for _ in range(24)]  # [prompt ids, response ids]
@@ -68,18 +69,14 @@ def test_no_tensor_is_nearly_as_large_as_the_logits():
         assert low <= largest.size / (128 * 50257) <= high
 
 
-def test_bf16_arithmetic_gives_fp32_log_probs(tiny):
+def test_bf16_arithmetic_gives_fp32_log_probs(tiny, monkeypatch):
     """Only the trunk runs in bf16: log_softmax in bf16 is off by up to 0.18 nats a token
     (huggingface/blog#2110)."""
     model, tokenizer = tiny
     sequences = [(tokenizer.encode("I saw the film."), tokenizer.encode(" The plot was dull."))]
-    model.bf16 = True
-    try:
-        sums, _ = response_logps(model, sequences)
-        ids, where, targets, _ = collate(sequences, "cpu")
-        hidden = hidden_states(model, ids, where)
-    finally:
-        model.bf16 = False
+    monkeypatch.setattr(model, "bf16", True)
+    ids, where, targets, _ = collate(sequences, "cpu")
+    sums, hidden = response_logps(model, sequences)[0], hidden_states(model, ids, where)
     expected = naive(hidden.double(), model.get_output_embeddings().weight.double(), targets).sum()
     assert sums.dtype == hidden.dtype == torch.float32
     assert sums.item() == pytest.approx(expected.item(), abs=1e-4)

@@ -4,8 +4,11 @@ import ast
 import difflib
 import importlib
 import io
+import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import tokenize
 
@@ -17,11 +20,10 @@ VARIANTS = [f"variants.{path.stem}" for path in sorted(ROOT.glob("variants/[a-z]
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md"))]
 # Functions of one name that do different things in different scripts.
 OWN = {"train", "evaluate", "parse_args", "make_parser", "toy_review", "toy_warm_up"}
-# Tokens of code that a file may have. 100 more than was planned in scripts that run as several
-# processes. Still more: dpo.py (4,000) for win rates, ppo_rlhf.py (4,400) with four models, PPO-ptx
-# and the yardstick, and model.py (3,050), which reads chats, real data and real models.
-BUDGET = {"sft": 2900, "reward_model": 3200, "dpo": 4080, "simpo": 4000, "ppo_rlhf": 5060,
-          "hir": 3900, "self_correct": 3900, "model": 4130} | dict.fromkeys(VARIANTS, 1600)
+# Tokens of code that a file may have. ppo_rlhf.py has four models, PPO-ptx and the yardstick,
+# model.py reads chats, real data and real models: both have more than was planned (4,400, 3,050).
+BUDGET = {"sft": 2900, "reward_model": 3200, "dpo": 4060, "simpo": 4000, "ppo_rlhf": 5050,
+          "hir": 3900, "self_correct": 3900, "model": 4080} | dict.fromkeys(VARIANTS, 1600)
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENDMARKER}
 
@@ -86,14 +88,6 @@ def test_budget(module):
     assert [line for line in source(module).splitlines() if len(line) > 100] == []
 
 
-@pytest.mark.parametrize("module", [*SCRIPTS, *VARIANTS])
-def test_flags(module):
-    """22 at most; 27 where a script has two parts' worth of them, or a variant its parent's too."""
-    few = module in ("sft", "reward_model", "dpo", "simpo")
-    needed = ["A", "B", "--judge", "J"] * (module == "variants.win_rate")
-    assert len(vars(importlib.import_module(module).parse_args(needed))) <= (22 if few else 27)
-
-
 def test_suite_and_readme_are_short():
     """At most 3,000 lines of tests, of at most 100 columns, and 250 lines of README."""
     tests = [line for path in ROOT.glob("tests/*.py") for line in path.read_text().splitlines()]
@@ -124,6 +118,28 @@ def test_commands_parse(page):
             assert all((ROOT / flag).exists() for flag in flags if "/" in flag), words
         else:
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), words
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path):
+    """All commands of README and docs in their order, from a fresh clone. The other models that
+    they name are copies of tiny, the files are small. Left out: benchmarks (hours), pytest."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    for name in ("gpt2", "Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-135M-Instruct", "M"):
+        shutil.copytree(ROOT / "tiny", clone / name)
+    good, bad = " The plot was superb.", " The plot was dull."
+    rows = [{"prompt": f"I saw film {i}.", "completion": good, "chosen": good, "rejected": bad,
+             "answer": good, "response": good, "text": good} for i in range(64)]
+    for name in "mine instructions rankings pairs texts A B".split():
+        (clone / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [tuple(line) for page in PAGES for line in commands(page.read_text(encoding="utf-8"))]
+    failed = []
+    for line in dict.fromkeys(lines):
+        if not re.match("benchmarks|-m pytest|-m tiny", " ".join(line)):
+            run = subprocess.run([sys.executable, *line], cwd=clone, capture_output=True, text=True)
+            failed += [(line, run.stderr[-300:])] * (run.returncode != 0)
+    assert not failed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

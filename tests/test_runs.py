@@ -85,9 +85,6 @@ def whole(tmp_path_factory):
     return get
 
 
-# ------------------------------------------------------------------------------ what is left
-
-
 @each_script
 def test_leaves_what_the_readme_promises(script, whole):
     """A model that plain transformers loads, adapters merged; flags, log, table, figure."""
@@ -110,9 +107,6 @@ def test_leaves_what_the_readme_promises(script, whole):
     assert all(key in samples for key in after) and len(samples.split("\n\n")) > 2
     assert (folder / "curves.png").stat().st_size > 5000
     assert not [p for p in folder.iterdir() if p.name.startswith("state") or p.is_dir()]
-
-
-# ----------------------------------------------------------------------- repeat, stop, go on
 
 
 class Killed(Exception):
@@ -171,8 +165,6 @@ def test_ctrl_c_from_a_terminal(tmp_path):
     assert len(log(tmp_path)) > stopped and (tmp_path / "results.json").exists()
 
 
-# -------------------------------------------------------------------------- what they reach
-
 GOOD, BAD = " The plot was superb.", " The plot was dull."
 PROMPTS = [f"I saw film number {i}." for i in range(60)]
 
@@ -225,9 +217,6 @@ def test_improves(script, flags, metric, gain, reached, own, tmp_path):
     before, after = columns(tmp_path)
     assert after[metric] >= max(before[metric] + gain, reached), (before, after)
     assert after.get("samples/grammatical", 1) > 0.8
-
-
-# --------------------------------------------------------------- the README's numbers, slow
 
 
 @pytest.mark.slow

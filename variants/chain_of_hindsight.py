@@ -45,7 +45,8 @@ def chains(online):
 def chain_sequences(tokenizer, task, bad, good, rng):
     """[(prompt ids, first output), (prompt and first output and word, second output)].
 
-    The order is random, because a good output must also be found without a bad one before it.
+    The order is random, because a good output must also be found without a bad one before it. The
+    first output keeps its EOS.
     """
     pair = [(BAD, bad), (GOOD, good)]
     (word, first), (second_word, second) = rng.sample(pair, 2)
@@ -59,7 +60,9 @@ def train(args):
 
     # 1. The model and the tasks, as in hir.py. A prompt is followed by two outputs and two words.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    lr = args.lr or (4e-3 if model.small else 1e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 4e-3 if model.small else 1e-5
     room = tokenizer.context - 2 * (args.max_new_tokens + len(tokenizer.encode(GOOD)))
     tasks, groups = read_tasks(tokenizer, args, room)
     run = fingerprint(args, tasks)
@@ -110,16 +113,16 @@ def train(args):
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
-        if step > start and step % args.save_every == 0:
+        if step % args.save_every == 0:
             save_state(args.out, model, optimizer, run=run, step=step, online=online)
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
+        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         # 6. What to watch.
         seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (3, 2b) each -> (3, 2B)
-        row = {"step": step + 1, "lr": lr * schedule(step, steps), "grad_norm": norm}
-        row |= dict(zip(("loss", "entropy", "logps/outputs"), seen.mean(1).tolist()))
+        row = {"step": step + 1, "lr": lr, "grad_norm": norm}
+        row |= zip(("loss", "entropy", "logps/outputs"), seen.mean(1).tolist())
         followed = [obeyed == wanted for _, wanted, obeyed, _ in online[-count:]]
         row["online/followed"] = sum(followed) / count
         row["online/used"] = len(examples) / len(online)
@@ -131,7 +134,7 @@ def train(args):
     after = evaluate(model, tokenizer, groups, args, GOOD)
     samples = [{"asked": ask(*task), "bad": tokenizer.decode(bad), "good": tokenizer.decode(good)}
                for task, bad, good in examples[:8]]
-    report(args.out, {"before": before, "after": after}, samples, [
+    report(args.out, {"before": before, "after": after}, samples, panels=[
         ["online/followed", "online/used"], ["loss"], ["entropy"]])
     return after
 
@@ -151,7 +154,7 @@ def parse_args(argv=None):
     flag("--episodes", type=int, default=8, help="times that samples are drawn and learned from")
     flag("--rounds", type=int, default=8, help="batches of samples in an episode")
     flag("--epochs", type=float, default=5.0,
-         help="updates of an episode, counted in passes over its samples")
+         help="updates of an episode, as passes over so many samples as it has")
     flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
     flag("--batch_size", type=int, default=32, help="chains in an update")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")

@@ -55,7 +55,7 @@ def labels_of(row):
     if "chosen" in row:
         return {"chosen": True, "rejected": False}
     if not isinstance(row.get("label"), bool):
-        fail(f'{row["where"]}: "label" is neither true nor false')
+        fail(f'{row["where"]}: "label" has to be true or false')
     return {"completion": row["label"]}
 
 
@@ -104,7 +104,9 @@ def train(args):
 
     # 1. The policy. Before its first step it is also the reference.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (5e-4 if model.small else 1e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 5e-4 if model.small else 1e-5
 
     # 2. Labelled responses. All responses to some prompts are held out; they may still serve as
     # mismatched responses, from which nothing is learned.
@@ -123,7 +125,9 @@ def train(args):
 
     # 4. Batches: each epoch visits all examples in a new order.
     batch_size = args.batch_size or 32
-    steps = args.steps or args.epochs * math.ceil(len(groups) / batch_size)
+    steps = args.steps
+    if steps is None:
+        steps = args.epochs * math.ceil(len(groups) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))

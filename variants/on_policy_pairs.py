@@ -10,7 +10,7 @@ learned from an AI's verdicts, this is RLAIF. Repeating it with the new policy i
     python dpo.py --data runs/on_policy_pairs/pairs.jsonl
     python -m variants.on_policy_pairs --reward_model runs/reward_model --model runs/dpo --seed 1
 
-It leaves two files in --out: pairs.jsonl, for dpo.py --data and simpo.py --data, and samples.jsonl
+Two results are left in --out: pairs.jsonl, for dpo.py --data and simpo.py --data, and samples.jsonl
 with every response and its score, for variants.win_rate. A response that does not end within
 --max_new_tokens is cut behind its last full stop; without one, nothing is left of it.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from model import (RANK, fail, launch, load_model, open_folder, read_jsonl, read_row, say)
+from model import RANK, fail, launch, load_model, open_folder, read_jsonl, read_row, say
 from reward_model import sample, toy_prompts, toy_reward
 from variants.win_rate import load_judge, score_responses
 
@@ -73,7 +73,8 @@ def collect(args):
              f"context of {tokenizer.context} tokens")
 
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(args.n)]
-    responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed, args.temperature)
+    responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
+                       args.temperature or 1e-4, 4 * args.max_tokens)  # 1e-4: the likeliest token
     samples = [{"prompt": prompts[i // args.n], "response": tokenizer.decode(ids, whole=True)}
                for i, ids in enumerate(responses)]
     scores = [toy_reward(row["response"]) for row in samples]

@@ -58,7 +58,7 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
         reference, reward, tokenizer, prompts,
         count * args.n, args.seed + 1, args)
     best = scores.view(-1, args.n).argmax(1)  # (P, count * n) -> (P * count, n) -> (P * count,)
-    best = (torch.arange(len(best)) * args.n + best).tolist()  # their places among all samples
+    best = [i * args.n + b for i, b in enumerate(best.tolist())]  # places among all samples
     texts = [texts[i] for i in best]
     responses = [sequences[i][1] for i in best]
     chosen = scores.flatten()[best].view(-1, count)  # (P * count * n,) -> (P, count)
@@ -92,16 +92,20 @@ def train(args):
 
     # 1. The policy, the reference, the prompts, and the reward model if there is one.
     policy, tokenizer = load_model(args.model, "lm", args.device, args.lora_rank)
-    reference, _ = load_model(args.reference or args.model, "lm", args.device)
+    reference, other = load_model(args.reference or args.model, "lm", args.device)
+    if other.transformers.get_vocab() != tokenizer.transformers.get_vocab():
+        fail(f"--reference {args.reference}: its tokenizer is not that of --model {args.model}")
     prompts, held_out = load_prompts(tokenizer, policy.small, args)
     reward = load_reward(reference, tokenizer, prompts, args)
     if args.best_of_n:
-        open_log(args.out, 0)
+        open_log(args.out, 0)  # empties it
         before, after, samples = evaluate_best_of_n(reference, reward, tokenizer, held_out,
                                                     args)
-        report(args.out, {"before": before, "after": after}, samples, [])
+        report(args.out, {"before": before, "after": after}, samples, panels=[])
         return after
-    peak_lr = args.lr or (2e-4 if policy.small else 1e-5 if args.data else 3e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 2e-4 if policy.small else 1e-5 if args.data else 3e-5
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
 
@@ -164,7 +168,7 @@ def train(args):
     save_model(policy, tokenizer, args.out)
     before, after, samples = evaluate(
         policy, reference, reward, tokenizer, held_out, args.beta, args)
-    report(args.out, {"before": before, "after": after}, samples, [
+    report(args.out, {"before": before, "after": after}, samples, panels=[
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
         ["policy/loss", "policy/entropy"]])

@@ -2,8 +2,8 @@
 
 RRHF: Yuan et al. 2023, arXiv:2304.05302v3. PRO: Song et al. 2023, arXiv:2306.17492.
 
-Both order the mean log-probs p of the responses to a prompt as the ranking does, and add SFT on the
-best response. RRHF has a hinge for each pair of scores r_i < r_k. PRO lets each response k compete
+Both give better responses to a prompt higher mean log-probs p, and add SFT on the best
+response. RRHF has a hinge for each pair of scores r_i < r_k. PRO lets each response k compete
 with all worse ones i, at temperatures T: 1/T_ki = r_k - r_i, and 1/T_kk is the largest of them:
 
     RRHF = sum max(0, p_i - p_k) - log pi(best)
@@ -115,7 +115,9 @@ def train(args):
 
     # 1. The policy.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr or (3e-4 if model.small else 1e-5)
+    peak_lr = args.lr
+    if peak_lr is None:
+        peak_lr = 3e-4 if model.small else 1e-5
 
     # 2. Rankings, from a file or from the toy's human. All rankings of some prompts are held out.
     if args.data:
@@ -129,7 +131,9 @@ def train(args):
 
     # 3. Batches: each epoch visits all rankings in a new order.
     batch_size = args.batch_size or 32
-    steps = args.steps or args.epochs * math.ceil(len(rankings) / batch_size)
+    steps = args.steps
+    if steps is None:
+        steps = args.epochs * math.ceil(len(rankings) / batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(rankings, len(rankings))

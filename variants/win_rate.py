@@ -22,7 +22,7 @@ import json
 import torch
 from tqdm import tqdm
 
-from model import (fail, launch, load_model, open_folder, read_jsonl, read_row, report, say)
+from model import fail, launch, load_model, open_folder, read_jsonl, read_row, report, say
 from reward_model import reward_scores, split_batch
 
 
