@@ -230,9 +230,9 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
                 output_loading_info=True, ignore_mismatched_sizes=True)
             missing = sorted(info["missing_keys"])
             for weight, saved, expected in sorted(info["mismatched_keys"]):
-                reason = "a reward is one number" if weight == "score.weight" else "config.json"
+                reason = "a reward is one number" if weight == "score.weight" else "see config.json"
                 fail(f"{name}: {weight} is {tuple(saved)} in its weights, and has to be "
-                     f"{tuple(expected)} ({reason})")
+                     f"{tuple(expected)}: {reason}")
         # Without eval() dropout would give two passes of one model different log-probs.
         model = model.eval().to(device)
     except Exception as error:  # transformers raises many kinds
@@ -313,42 +313,46 @@ def save_model(model, tokenizer, folder):
 # ---------------------------------------------------------------------------------------- LoRA
 
 
-def add_lora(model, rank):
-    """Freeze the model and give each linear layer of its blocks an adapter.
+class LoRA(nn.Module):
+    """An adapter: adds (alpha / r) B A x to the output W0 x of a layer (Hu et al. 2021, Eq. 3).
 
-    The output of a layer becomes h = W0 x + (alpha / r) B A x (Hu et al. 2021, Eq. 3). W0 is
-    frozen. B starts at zero, so the model computes at first what it computed before.
+    B starts at zero, so the model computes at first what it computed before.
     """
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        d_out, d_in = weight.shape
+        self.scale = LORA_ALPHA / rank
+        self.A = nn.Parameter(torch.randn(rank, d_in).to(weight) * d_in**-0.5)
+        self.B = nn.Parameter(weight.new_zeros(d_out, rank))
+
+    def forward(self, layer, inputs, output):
+        return output + self.scale * (inputs[0] @ self.A.T) @ self.B.T
+
+
+def add_lora(model, rank):
+    """Freeze the model and give each linear layer of its blocks an adapter."""
     model.requires_grad_(False)
     total = model.base_model.num_parameters(exclude_embeddings=True)
     adapted = 0
-    for layer in model.base_model.modules():
+    for layer in list(model.base_model.modules()):
         if isinstance(layer, (nn.Linear, Conv1D)):
-            weight = weight_of(layer)
-            d_out, d_in = weight.shape
-            layer.A = nn.Parameter(torch.randn(rank, d_in).to(weight) * d_in**-0.5)
-            layer.B = nn.Parameter(weight.new_zeros(d_out, rank))
-            layer.adapter = layer.register_forward_hook(adapted_output)
-            adapted += weight.numel()
+            layer.lora = LoRA(weight_of(layer), rank)
+            layer.hook = layer.register_forward_hook(layer.lora)  # called after the layer
+            adapted += layer.weight.numel()
     say(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
 
 
-def adapted_output(layer, inputs, output):
-    """The output of a layer plus that of its adapter: torch calls this after the layer."""
-    scale = LORA_ALPHA / len(layer.A)  # alpha / r
-    return output + scale * (inputs[0] @ layer.A.T) @ layer.B.T
-
-
 @torch.no_grad()
 def merge_lora(model):
     """Add the adapters to the weights of their layers, and remove them."""
-    for layer in model.modules():
-        if hasattr(layer, "adapter"):
-            weight_of(layer).add_(LORA_ALPHA / len(layer.A) * layer.B @ layer.A)  # (d_out, d_in)
-            layer.adapter.remove()
-            del layer.A, layer.B, layer.adapter
+    for layer in list(model.modules()):
+        if hasattr(layer, "lora"):
+            weight_of(layer).add_(layer.lora.scale * layer.lora.B @ layer.lora.A)  # (d_out, d_in)
+            layer.hook.remove()
+            del layer.lora, layer.hook
 
 
 def weight_of(layer):

@@ -165,15 +165,15 @@ def test_lora_is_scaled_by_alpha_over_r(monkeypatch):
     and x = 1 that is 7; LoRA's output is 13, with the adapter apart and merged."""
     monkeypatch.setattr(m, "LORA_ALPHA", 2)
     layer = torch.nn.Linear(1, 1, bias=False)
-    layer.A, layer.B = (torch.nn.Parameter(torch.ones(1, 1)) for _ in range(2))
-    for weight, value in ((layer.weight, 1), (layer.A, 2), (layer.B, 3)):
+    lora = m.LoRA(layer.weight, 1)
+    for weight, value in ((layer.weight, 1), (lora.A, 2), (lora.B, 3)):
         torch.nn.init.constant_(weight, value)
     x = torch.ones(1, 1)
-    assert (layer(x) + x @ layer.A.T @ layer.B.T).item() == 7
-    layer.adapter = layer.register_forward_hook(m.adapted_output)
+    assert (layer(x) + x @ lora.A.T @ lora.B.T).item() == 7
+    layer.lora, layer.hook = lora, layer.register_forward_hook(lora)
     assert layer(x).item() == 13
     m.merge_lora(layer)
-    assert layer(x).item() == 13 and not hasattr(layer, "A")
+    assert layer(x).item() == 13 and not hasattr(layer, "lora")
 
 
 def test_corrections_go_from_worse_to_better():

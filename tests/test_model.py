@@ -264,7 +264,7 @@ def test_lora(kind, head, tmp_path):
     folder = new_folder(tmp_path / "new", kind)
     base, _ = m.load_model(folder, head)
     model, tokenizer = m.load_model(folder, head, lora_rank=2)
-    adapters = [module for module in model.modules() if hasattr(module, "adapter")]
+    adapters = [module for module in model.modules() if isinstance(module, m.LoRA)]
     assert len(adapters) == 2 * (7 if kind == "llama" else 4)  # attention and MLP
     assert torch.equal(logits(base), logits(model))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -165,7 +165,7 @@ def test_lora_says_how_much_it_adapts(tmp_path, capsys):
     """The experts of a mixture have no linear layers, so they get no adapter."""
     folder = new_folder(tmp_path / "new", "MixtralConfig", num_local_experts=4)
     model, _ = m.load_model(folder, lora_rank=2)
-    adapted = sum(x.weight.numel() for x in model.modules() if hasattr(x, "adapter"))
+    adapted = sum(x.weight.numel() for x in model.modules() if hasattr(x, "lora"))
     blocks = sum(p.numel() for name, p in model.named_parameters()
                  if not name.endswith((".A", ".B", "embed_tokens.weight", "lm_head.weight")))
     assert f"LoRA: {adapted / blocks:.0%} of the parameters" in capsys.readouterr().out

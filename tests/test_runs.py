@@ -31,8 +31,8 @@ SMALL = {
     "variants.kto": "--pairs 64 --batch_size 8 --steps 6 --samples 2",
     "variants.rankings": "--pairs 40 --batch_size 8 --steps 6",
     "variants.raft": "--batch_size 8 --n 2 --ppo_epochs 2 --steps 5 --samples 2",
-    "variants.chain_of_hindsight": "--warm_up 2 --episodes 3 --rounds 2 --epochs 1 --batch_size 8 "
-                                   "--samples 8"}
+    "variants.chain_of_hindsight": "--requirements 1 --warm_up 20 --episodes 3 --rounds 2 "
+                                   "--epochs 1 --batch_size 8 --samples 8"}
 SCRIPTS = list(SMALL)[:7]
 
 
