@@ -224,7 +224,7 @@ def test_improves(script, flags, metric, gain, reached, own, tmp_path):
     ("sft", "samples/true_reward", 1.0), ("reward_model", "pairs/accuracy", 0.735),
     ("ppo_rlhf", "J/share_of_the_way", 0.92), ("dpo", "J/share_of_the_way", 0.85),
     ("simpo", "samples/quality", 0.75), ("hir", "followed/all", 0.9),
-    ("self_correct", "perfect", 0.93)])
+    ("self_correct", "stop_rule/perfect", 0.93)])
 def test_default_run(script, metric, least, tmp_path):
     """The default runs over three seeds reach what the README says, on average."""
     found = [run(script, tmp_path, "", "--seed", str(seed))[metric] for seed in range(3)]
