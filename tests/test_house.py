@@ -123,7 +123,7 @@ def test_commands_parse(page):
 @pytest.mark.slow
 def test_commands_run(tmp_path):
     """All commands of README and docs in their order, from a fresh clone. The other models that
-    they name are copies of tiny, the files are small. Left out: benchmarks (hours), pytest."""
+    they name are copies of tiny, the files small. Left out: benchmarks, tiny.make, pytest."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     for name in ("gpt2", "Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-135M-Instruct", "M"):
