@@ -1,13 +1,13 @@
 """Make the model in tiny/: a new GPT-2 of half a million parameters, and its tokenizer.
 
-    python -m tiny.make                 # writes runs/tiny, in a few minutes on two CPU cores
+    python -m tiny.make                 # writes runs/tiny, in about 20 minutes on one CPU core
 
 It learns two toy tasks from scratch: the reviews of sft.py and the summaries of simpo.py. The
 moods of the reviews are balanced, and half of the summaries come from a careless reader, who leaves
 facts out or makes them up. So the other scripts have something to improve.
 
-On one machine the same file comes out each time, bit for bit; another processor rounds differently
-and ends with other weights. The loss is that of sft.py, but it rounds differently: its batches have
+On one machine, with as many threads, the same file comes out each time, bit for bit; another one
+rounds differently and ends with other weights. The loss is that of sft.py, but it rounds differently: its batches have
 an attention mask, and its gradient is summed in another order. The model in tiny/ was made in this
 way, so please leave both as they are.
 """
