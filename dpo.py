@@ -177,7 +177,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
     There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
-    max_tokens bounds the memory, as in `split_batch`.
+    max_tokens bounds the memory, as in `split_batch`; without a gradient there is room for more.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -339,8 +339,8 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     P = len(prompts)
     n = args.samples or (128 if policy.small else 8)
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
-    answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed, 1.0,
-                      4 * args.max_tokens) for model in (reference, policy)]
+    answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
+                      max_tokens=4 * args.max_tokens) for model in (reference, policy)]
     texts = [[tokenizer.decode(response) for response in responses] for responses in answers]
     rewards = torch.tensor([toy_reward(text) for own in texts for text in own]).view(2, P, n)
     for metrics, own, responses, reward in zip((before, after), texts, answers, rewards):
@@ -357,7 +357,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     reference_logps, policy_logps = (score(model, groups, args.max_tokens).view(2, P, n).double()
                                      for model in (reference, policy))  # (2*P*n, 1) -> (2, P, n)
     after["kl/policy_reference"] = float((policy_logps - reference_logps)[1].mean())
-    if not args.data and policy.small:  # of a larger model there are too few samples for J*
+    if not args.data and policy.small:  # a larger model has too few samples for J*
         rewards, policy_logps, reference_logps = (
             x.transpose(0, 1).flatten(1)  # (2, P, n) -> (P, 2n)
             for x in (rewards, policy_logps, reference_logps))

@@ -163,7 +163,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
     There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
-    max_tokens bounds the memory, as in `split_batch`.
+    max_tokens bounds the memory, as in `split_batch`; without a gradient there is room for more.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -325,8 +325,9 @@ def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
     """
     prompts = [tokenizer.encode_prompt(ask(problem, wanted)) + tokenizer.encode(feedback)
                for problem, wanted in tasks]
-    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed,
-                     args.temperature or 1e-4, 4 * args.max_tokens)  # 1e-4: the likeliest token
+    temperature = args.temperature or 1e-4  # for 0: it draws the likeliest token, too
+    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed, temperature,
+                     max_tokens=4 * args.max_tokens)
     samples = []
     for (problem, wanted), output in zip(tasks, outputs):
         done = observe(problem, tokenizer.decode(output), output[-1] in tokenizer.stop_ids)

@@ -119,7 +119,7 @@ class Tokenizer:
         return template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
 
     def encode_prompt(self, prompt, response=None):
-        """Token ids of a prompt, ready for its response, or with the response. At least EOS."""
+        """Token ids of a prompt, ready for its response, or with it. An empty text becomes EOS."""
         chat = not isinstance(prompt, str)
         bos = [] if chat or self.bos_id is None else [self.bos_id]  # a template writes its own
         try:
@@ -459,11 +459,12 @@ def read_row(row, tokenizer, *keys):
 def split_by_prompt(rows, count=16):
     """(rows to learn from, rows held out, held-out prompts).
 
-    All rows of `count` prompts are held out, but of at most a tenth of all prompts, and of at least
-    one. They are the same prompts for every seed.
+    All rows of `count` prompts are held out. Where that is more than a tenth of the prompts, it is
+    a tenth of them, but at least one. They are the same prompts for every seed.
     """
     if not rows:
-        fail("no row is left; use a lower --max_new_tokens, or a higher --max_length")
+        fail("no row is left; use a lower --max_new_tokens or, where there is one, a higher "
+             "--max_length")
     prompts = sorted({json.dumps(row["prompt"], sort_keys=True) for row in rows})
     random.Random(0).shuffle(prompts)
     held_out = [json.loads(prompt) for prompt in prompts[:max(1, min(count, len(prompts) // 10))]]
@@ -523,7 +524,7 @@ def open_folder(args):
     folder = Path(args.out)
     state = folder / "state.pt"
     for flag in ("model", "reference", "policy", "generator", "reward_model", "judge"):
-        name = getattr(args, flag, None) or TINY  # TINY must not be overwritten, either
+        name = getattr(args, flag, None) or TINY  # tiny/ must not be overwritten, either
         if folder.resolve() == Path(name).resolve():
             fail(f"--out {args.out}: a model has this folder or this name; give another folder")
     if args.resume and not state.is_file():

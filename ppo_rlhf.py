@@ -250,7 +250,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
     There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
-    max_tokens bounds the memory, as in `split_batch`.
+    max_tokens bounds the memory, as in `split_batch`; without a gradient there is room for more.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -383,8 +383,8 @@ def rollout(policy, reward, tokenizer, prompts, n, seed, args):
     mine = share(ids)  # with torchrun, each process answers its share of the prompts
     drawn = []
     if mine:
-        drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK, 1.0,
-                       4 * args.max_tokens)
+        drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK,
+                       max_tokens=4 * args.max_tokens)
     responses = [own for turn in zip_longest(*all_gather(drawn)) for own in turn if own]
     texts = [tokenizer.decode(response) for response in responses]
     if reward:

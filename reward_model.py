@@ -123,7 +123,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
     There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
-    max_tokens bounds the memory, as in `split_batch`.
+    max_tokens bounds the memory, as in `split_batch`; without a gradient there is room for more.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]

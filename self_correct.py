@@ -185,7 +185,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
     There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
-    max_tokens bounds the memory, as in `split_batch`.
+    max_tokens bounds the memory, as in `split_batch`; without a gradient there is room for more.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -315,8 +315,8 @@ def read_problems(tokenizer, args, room):
 def respond(model, tokenizer, tasks, seed, args):
     """Answers to tasks (problem, draft): corrections of the draft, or new answers if it is None."""
     prompts = [tokenizer.encode_prompt(prompt_of(problem, draft)) for problem, draft in tasks]
-    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed, 1.0,
-                     4 * args.max_tokens)
+    outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed,
+                     max_tokens=4 * args.max_tokens)
     return [appraise(problem, tokenizer.decode(ids), ids[-1] in tokenizer.stop_ids, args)
             for (problem, _), ids in zip(tasks, outputs)]
 

@@ -155,7 +155,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
     There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
-    max_tokens bounds the memory, as in `split_batch`.
+    max_tokens bounds the memory, as in `split_batch`; without a gradient there is room for more.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -279,8 +279,8 @@ def evaluate(model, tokenizer, rows, args):
     loss = float(sum(batch_losses(model, examples, args.max_tokens)))
     metrics = {"loss": sum(all_gather(loss))}
     prompts = [prompt for prompt, _ in examples[:8 if args.data else None]]
-    responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed, 1.0,
-                       4 * args.max_tokens)
+    responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed,
+                       max_tokens=4 * args.max_tokens)
     texts = [tokenizer.decode(response) for response in responses]
     if not args.data:
         metrics["samples/true_reward"] = mean(map(toy_reward, texts))

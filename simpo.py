@@ -188,7 +188,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
     """Token ids of a response to each prompt, with EOS unless it is cut.
 
     There is no top-k or top-p, so at temperature 1 samples follow the model's own distribution.
-    max_tokens bounds the memory, as in `split_batch`.
+    max_tokens bounds the memory, as in `split_batch`; without a gradient there is room for more.
     """
     torch.manual_seed(seed)
     responses = [[] for _ in prompts]
@@ -326,8 +326,8 @@ def evaluate(policy, reference, tokenizer, test, args):
         if args.loss not in SUMS:
             rewards /= lengths
         metrics = {"rewards/accuracy": fmean(rewards[:, 0] > rewards[:, 1])}
-        responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed, 1.0,
-                           4 * args.max_tokens)
+        responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
+                           max_tokens=4 * args.max_tokens)
         metrics["samples/tokens"] = fmean(map(len, responses))
         for row, response in zip(samples, responses):
             row[name] = tokenizer.decode(response)

@@ -53,7 +53,7 @@ def surroundings(monkeypatch):
     no hub is asked for a model."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    def sample(model, tokenizer, prompts, *_):
+    def sample(model, tokenizer, prompts, *_, **__):
         rng = random.Random(len(prompts))
         return [tokenizer.encode(rng.choice(("42", "7"))) + [tokenizer.eos_id] for _ in prompts]
 

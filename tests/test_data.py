@@ -135,7 +135,7 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatc
     texts = [" The plot was dull.", " I found the cast superb and funny.", " The"]
     responses = [tiny[1].encode(text) + [tiny[1].eos_id] for text in texts]
     responses[2].pop()
-    monkeypatch.setattr(ppo_rlhf, "sample", lambda *_: responses)
+    monkeypatch.setattr(ppo_rlhf, "sample", lambda *_, **__: responses)
     prompts, large = ["A", "Bb", "C"], SimpleNamespace(small=False)
     reward = (*judge, 1.0, 2.0)  # reward model, its tokenizer, and what scores are normalised with
     sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 1, 0, a())
@@ -157,7 +157,7 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     sentence; all is written or nothing. The chosen responses win against the rejected ones."""
     texts = [" The cast was superb.", " It was dull. The", " I found it long.", *[" No."] * 3]
     responses = [judge[1].encode(text) + [judge[1].eos_id] * text.endswith(".") for text in texts]
-    monkeypatch.setattr(on_policy_pairs, "sample", lambda *_: responses)
+    monkeypatch.setattr(on_policy_pairs, "sample", lambda *_, **__: responses)
     save_model(*judge, tmp_path)
     (tmp_path / "data").write_text('{"prompt": "A"}\n{"prompt": "B"}')
     flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path}/on --n 3".split()
@@ -191,7 +191,7 @@ def test_win_rate_of_summaries(tiny, monkeypatch):
             for post, facts in posts]
     drawn = iter([[tiny[1].encode(text) for text in side] for side in (
         [" No.", " No.", " No.", " A No."], [" No.", " A No.", " A No.", " No."])])
-    monkeypatch.setattr(simpo, "sample", lambda *_: next(drawn) * 64)
+    monkeypatch.setattr(simpo, "sample", lambda *_, **__: next(drawn) * 64)
     columns, _ = simpo.evaluate(*[tiny[0]] * 2, tiny[1], rows, a(loss="simpo"))
     assert columns["after"]["samples/win_rate"] == (0.5 + 0 + 0 + 1) / 4
 

@@ -634,7 +634,7 @@ def test_steps_equal_a_plain_derivation(case, tmp_path):
     calls, problems = [], copy.deepcopy(PROBLEMS)
     texts = list(DRAFTS if script is self_correct else REVIEWS)
 
-    def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, *_):
+    def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, **_):
         drawn = [texts[(i + i // len(texts) + len(calls)) % len(texts)]
                  for i in range(len(prompts))]
         calls.append(SimpleNamespace(prompts=prompts, count=max_new_tokens, seed=seed, texts=drawn,
@@ -705,7 +705,7 @@ def observed(script, flags, out, evaluated=True):
             prompts[inside[0]].add(problem["prompt"])
         return prompt_of(problem, draft)
 
-    def sample(model, tokenizer, asked, max_new_tokens, seed, temperature=1.0, *_):
+    def sample(model, tokenizer, asked, max_new_tokens, seed, temperature=1.0, **_):
         if parent is hir:  # hindsight may find any instruction, so what counts is what is asked
             prompts[inside[0]].update(map(tuple, asked))
         seeds.extend([seed] * (not inside[0]))
@@ -746,7 +746,7 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch):
     n, test = 60, PROMPTS[:2]
     drawn = {probe(reference): ([BAD, KIND, FAIR, MIXED, CUT] * n)[:n],
              probe(policy): ([KIND, MIXED, CUT, FAIR] * n)[:n]}
-    monkeypatch.setattr(script, "sample", lambda model, tokenizer, asked, *_: [
+    monkeypatch.setattr(script, "sample", lambda model, tokenizer, asked, *_, **__: [
         ids_of(text) for text in drawn[probe(model)] * (len(asked) // n)])
     a = SimpleNamespace(samples=n, beta=0.6, seed=0, data=None, max_new_tokens=12, max_tokens=999,
                         missing_eos_score=-2.5)

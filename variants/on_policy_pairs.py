@@ -73,8 +73,9 @@ def collect(args):
              f"context of {tokenizer.context} tokens")
 
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(args.n)]
-    responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
-                       args.temperature or 1e-4, 4 * args.max_tokens)  # 1e-4: the likeliest token
+    temperature = args.temperature or 1e-4  # for 0: it draws the likeliest token, too
+    responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed, temperature,
+                       max_tokens=4 * args.max_tokens)
     samples = [{"prompt": prompts[i // args.n], "response": tokenizer.decode(ids, whole=True)}
                for i, ids in enumerate(responses)]
     scores = [toy_reward(row["response"]) for row in samples]
