@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import random
 from types import SimpleNamespace
 

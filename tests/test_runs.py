@@ -33,7 +33,6 @@ SMALL = {
     "variants.raft": "--batch_size 8 --n 2 --ppo_epochs 2 --steps 5 --samples 2",
     "variants.chain_of_hindsight": "--requirements 1 --warm_up 20 --episodes 3 --rounds 2 "
                                    "--epochs 1 --batch_size 8 --samples 8"}
-SCRIPTS = list(SMALL)[:7]
 
 
 def run(script, folder, flags, *more):

@@ -664,7 +664,7 @@ def test_steps_equal_a_plain_derivation(case, tmp_path):
 # ----------------------------------------------------------------- seeds, and held-out prompts
 
 BRIEF = dict(batch_size=8, max_new_tokens=16, samples=12, steps=2, pairs=16, rankings=16, n=1,
-             examples=16, problems=8, ppo_epochs=1, warm_up=0, requirements=2, episodes=2)
+             examples=16, problems=8, ppo_epochs=1, warm_up=1, requirements=2, episodes=2)
 HALF = dict(rounds=4, epochs=0.5)
 RUNS = {
     "dpo": (dpo, {}), "kto": (kto, {}), "simpo": (simpo, {}), "rankings": (rankings, {}),
@@ -683,7 +683,7 @@ def observed(script, flags, out, evaluated=True):
     prompts, seeds, inside = (set(), set()), [], [0]  # inside[0]: whether evaluation runs
     parent = PARENT.get(script, script)
     evaluate, split_batch = parent.evaluate, parent.split_batch
-    prompt_of = self_correct.prompt_of
+    prompt_of, output_statistics = self_correct.prompt_of, hir.output_statistics
 
     def watched_evaluate(*args):
         if not evaluated:
@@ -694,6 +694,11 @@ def observed(script, flags, out, evaluated=True):
         result = evaluate(*args)
         inside[0] = 0
         return result
+
+    def watched_statistics(model, sequences):
+        if not seeds and not inside[0]:  # the warm-up of hir.py
+            prompts[0].update(tuple(ids) for ids, _ in sequences)
+        return output_statistics(model, sequences)
 
     def watched_split(groups, max_tokens):
         if parent not in (hir, self_correct):
@@ -714,9 +719,9 @@ def observed(script, flags, out, evaluated=True):
 
     _, weights = run(
         script, dict(BRIEF, **flags), out, evaluate=watched_evaluate, split_batch=watched_split,
-        sample=sample, prompt_of=watched_prompt, report=lambda *_, **__: None,
-        toy_prompts=lambda *_: PROMPTS,
-        toy_verdicts=lambda topics, text: [REVIEWS[text][0] > 0])
+        sample=sample, prompt_of=watched_prompt, output_statistics=watched_statistics,
+        report=lambda *_, **__: None, toy_prompts=lambda *_: PROMPTS,
+        toy_verdicts=lambda topics, text: [REVIEWS.get(text, [0])[0] > 0])
     return *prompts, seeds, weights
 
 
