@@ -1,7 +1,6 @@
 """Shared by all tests: the repository on the path, one thread, one seed, and a small bandit.
 
-The bandit is a prompt with five responses, of which everything is known: reward R, log-probs and
-lengths. Labels come from the Bradley-Terry model, with exact expectations instead of samples.
+The bandit is a prompt with five responses, all of which is known. Its labels are Bradley-Terry's.
 """
 
 import os

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ import ppo_rlhf
 import reward_model
 import self_correct
 import sft
-import simpo
 from model import load_model, read_jsonl, save_model, split_by_prompt
 from variants import on_policy_pairs, win_rate
 
@@ -158,14 +156,15 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     responses = [judge[1].encode(text) + [judge[1].eos_id] * text.endswith(".") for text in texts]
     monkeypatch.setattr(on_policy_pairs, "sample", lambda *_, **__: responses)
     save_model(*judge, tmp_path)
-    (tmp_path / "data").write_text('{"prompt": "A"}\n{"prompt": "B"}')
+    prompts = "A", "B", " plot" * 480  # of 512 tokens
+    (tmp_path / "data").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path}/on --n 3".split()
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(on_policy_pairs.os, "replace", lambda *_: open(tmp_path))
         on_policy_pairs.main(flags)
     assert not list(tmp_path.glob("on/[ps]a*"))
     on_policy_pairs.main(flags)
-    assert "1 pairs; left out: 0 prompts without room for --max_new_tokens, 1 whose" in (
+    assert "1 pairs; left out: 1 prompts without room for --max_new_tokens, 1 whose" in (
         capsys.readouterr().out)
     pair, samples = (read_jsonl(tmp_path / f"on/{name}.jsonl") for name in ("pairs", "samples"))
     group = [judge[1].encode_example("A", text.removesuffix(" The"), 512) for text in texts[:3]]
@@ -177,22 +176,9 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
         "chosen_score": order[2]["score"], "rejected_score": order[0]["score"]}]
     for name, rows in (("a", [order[0], order[2], samples[3]]), ("b", [order[2], order[2]])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    files = f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/out"
-    table = win_rate.main(files.split())
-    assert table["win_rate"] == 0.75 and table["standard_error"] == pytest.approx(0.25 / 2**0.5)
+    out = win_rate.main(f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/o".split())
+    assert out["win_rate"] == 0.75 and out["standard_error"] == pytest.approx(0.25 / 2**0.5)
     assert "2 pairs; 1 rows have no partner" in capsys.readouterr().out
-
-
-def test_win_rate_of_summaries(tiny, monkeypatch):
-    """Ties count as a half, also in the table of simpo.py (of dpo.py: test_wiring.py)."""
-    posts = [simpo.toy_post(random.Random(i)) for i in range(4)]
-    rows = [{"prompt": post, "facts": facts, "pair": [([5], [6]), ([5], [7])]}
-            for post, facts in posts]
-    drawn = iter([[tiny[1].encode(text) for text in side] for side in (
-        [" No.", " No.", " No.", " A No."], [" No.", " A No.", " A No.", " No."])])
-    monkeypatch.setattr(simpo, "sample", lambda *_, **__: next(drawn) * 64)
-    columns, _ = simpo.evaluate(*[tiny[0]] * 2, tiny[1], rows, a(loss="simpo"))
-    assert columns["after"]["samples/win_rate"] == (0.5 + 0 + 0 + 1) / 4
 
 
 def test_ratio_is_one_at_the_first_update(tmp_path, monkeypatch):

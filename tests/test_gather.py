@@ -98,9 +98,8 @@ def test_split_batch(max_tokens):
 
 
 def test_sample_is_the_distribution_of_the_model(model):
-    """All responses of up to three tokens, enumerated: their frequencies are their probabilities
-    under `response_logps`, for prompts of different lengths, padded on the left. Ids 0 and 1 end
-    a response. A generation_config with other ideas is ignored (huggingface/trl#3029)."""
+    """Frequencies of all responses of up to three tokens are their probabilities, for prompts of
+    different lengths. A generation_config with other ideas is ignored (huggingface/trl#3029)."""
     n, tokenizer = 600, SimpleNamespace(stop_ids={0, 1})
     prompts = [[2], [3, 4, 2, 2, 3, 4], [4, 4, 3]]
     model.generation_config = hf.GenerationConfig(do_sample=True, top_k=1, temperature=0.1)

@@ -92,10 +92,7 @@ def test_kto_values():
 
 
 def test_kto_start_and_gradients():
-    """At the start half of lambda per item, slopes -+ lambda beta / 4: bad responses go down.
-
-    The table in the SimPO paper has a plus where KTO has a minus; with it they would go up.
-    """
+    """At the start half of lambda per item, slopes -+ lambda beta / 4: bad responses go down."""
     policy = v(-3, -3, grad=True)
     loss = kto_loss(policy, policy.detach(), torch.tensor([True, False]), v(0)[0], 0.1,
                     lambda_desirable=1.5, lambda_undesirable=2.0)
@@ -205,9 +202,8 @@ def test_ranked_losses_ignore_order_and_padding(name):
     ((5, 5, 5, 5), (4, 2, 1, 3), LOG2), ((1, 0), (1, 2), 0.313262), ((1, 0), (2, 1), 1.313262),
     ((1, 0, 0), (1, 2, 2), 2 * 0.3132617 / 3), ((1, 0, 0), (1, 1, 1), 0), ((7,), (1,), 0)])
 def test_ranking_loss_values(rewards, ranks, expected):
-    """r = (2, 1, 0) in the right order, in any order of the columns; equal scores; two responses
-    are the Bradley-Terry model. Of three pairs one is tied: the other two over C(3, 2) = 3. All are
-    tied, or there is one response: 0, not 0/0."""
+    """(2, 1, 0) in any order of the columns; equal scores; two responses (Bradley-Terry); one pair
+    of three is tied: the others over C(3, 2) = 3. All tied, or one response: 0, not 0/0."""
     loss = ranking_loss(row(*rewards).double(), torch.tensor([ranks]))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
@@ -246,9 +242,8 @@ def test_best_of_k_values():
 
 
 def test_calibration_error():
-    """A judge that is calibrated by construction, from whose own rates the better response of each
-    pair is drawn, has an error near 0, though the better one always stands first; one that is twice
-    as sure has not. By hand: rates of 1/2 and 3/4, and both pairs won: (1/2 - 1/2, 3/4 - 1)."""
+    """Pairs are drawn from the judge's own rates, so its error is near 0; that of one twice as sure
+    is not. By hand: rates of 1/2 and 3/4, and both pairs won: (1/2 - 1/2, 3/4 - 1)."""
     margins = torch.randn(20000) * 2
     margins = torch.where(torch.rand(20000) < margins.sigmoid(), margins, -margins)
     assert calibration_error(margins) < 0.01 and calibration_error(2 * margins) > 0.05
@@ -274,8 +269,7 @@ def test_reward_stands_on_eos():
     (0.95, (0.46575, 0.385, 0.3)), (1.0, (0.5, 0.4, 0.3)), (0.0, (0.1, 0.1, 0.3))])
 def test_gae_values(lam, expected):
     """R = (0, 0, 1), V = (.5, .6, .7): three lambdas; returns are advantages plus values. A value
-    behind the end must not be bootstrapped from (alibaba/ROLL#447, natolambert/rlhf-book PR #216).
-    """
+    behind the end is not bootstrapped from (alibaba/ROLL#447, natolambert/rlhf-book PR #216)."""
     for pad in (0.0, 100.0, math.nan):
         advantages, returns = gae(row(0, 0, 1, pad), row(0.5, 0.6, 0.7, pad), row(1, 1, 1, 0),
                                   1.0, lam)
@@ -347,8 +341,7 @@ def test_adaptive_controller(kl, expected):
 
 
 def test_kl_estimates():
-    """Nats a response: a sum over its tokens, a mean over responses, nothing from behind their
-    ends. (docs/test_errata.py compares both with the KL itself.)"""
+    """Nats a response: a sum over its tokens, a mean over responses, nothing behind their ends."""
     logps, rho = torch.full((2, 4), -1.0), torch.full((2, 4), -1.5)
     logps[1, 2:] = math.nan
     k1, k3 = kl_estimates(logps, rho, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
@@ -357,8 +350,7 @@ def test_kl_estimates():
 
 
 def test_best_of_n_against_enumeration():
-    """20 samples in the proportions of the bandit's reference: the exact KL of the best of four,
-    below its bound; continuous rewards reach the bound, log 4 - 3/4."""
+    """The exact KL of the best of four on the bandit; continuous rewards reach the bound of KL."""
     pool = R.repeat_interleave((REF * 20).round().long())[None]  # (1, 20)
     ratio = best_of_n_log_ratio(R[None], pool, 4)[0]
     best = REF * ratio.exp()
@@ -387,8 +379,7 @@ def test_hir_contrast(logps, e, expected):
 
 
 def test_hir_gradients():
-    """-1 from L_sup, -(1 - share) from L_con, and -beta from the entropy, each term on its own. At
-    a share of 1 - e the smoothed contrast has none."""
+    """L_sup: -1; L_con: share - 1, with smoothing 0 at a share of 1 - e; the entropy: -beta."""
     logps, entropy = v(-1, -3, grad=True), v(1.5, grad=True)
     hir_loss(logps[None], entropy, 1.0, 0.001, 0.0).sum().backward()
     share = math.exp(-1) / (math.exp(-1) + math.exp(-3))
@@ -436,6 +427,3 @@ def test_pairs_are_strictly_better():
 def test_similarity_is_one_minus_the_edit_distance_in_words(a, b, expected):
     """Over the longer one's number of words; symmetric."""
     assert similarity(a, b) == similarity(b, a) == pytest.approx(expected)
-
-
-# --------------------------------------------------------------------------- the learning rate

@@ -1,7 +1,4 @@
-"""On a bandit with five responses, minimising each loss reaches the optimum that theory states.
-
-Also: the yardstick against enumeration. conftest.py holds the bandit.
-"""
+"""On the bandit of conftest.py each loss has its optimum where theory says; the yardstick's J*."""
 
 import itertools
 
@@ -13,18 +10,11 @@ from dpo import dpo_loss, ipo_loss, rdpo_loss, yardstick
 from reward_model import best_of_k_loss, ranking_loss
 
 BETA, BEST = 0.5, tilted(R, 0.5)
-J_STAR = 0.942758  # beta log Z
 ONE, ZERO = torch.ones(25, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
 
 
 def tv(p, q):
     return 0.5 * (p - q).abs().sum().item()
-
-
-def test_optimal_policy_of_the_kl_objective():
-    """The numbers for pi* and beta log Z that everything below leans on."""
-    assert BEST.tolist() == pytest.approx([.448517, .103125, .030350, .003742, .414265], abs=1e-6)
-    assert (BETA * (REF * (R / BETA).exp()).sum().log()).item() == pytest.approx(J_STAR, abs=1e-6)
 
 
 @pytest.mark.parametrize("pairs", [MU[I] * MU[J], ONE / 25, (I - J).abs().eq(1)],
@@ -61,8 +51,7 @@ def test_reward_losses_recover_the_reward():
 @pytest.mark.parametrize("policy", [REF, BEST, (REF + BEST) / 2], ids=["start", "best", "between"])
 def test_yardstick_finds_the_enumerated_optimum(policy):
     """J and J* from samples against sums over all responses, for two prompts with unlike rewards:
-    the logarithm stands inside the mean over prompts. J of the policy is, to the last digit, its
-    samples' mean reward minus beta times their mean log-ratio."""
+    the logarithm stands inside the mean over prompts."""
     n, rewards = 20000, torch.stack([R, 2 - 2 * R])  # (2 prompts, 5)
     second = torch.stack([policy, policy.flip(0)])  # two policies, (2, 5)
     y = torch.cat([torch.multinomial(REF.expand(2, 5), n, replacement=True),
@@ -71,8 +60,6 @@ def test_yardstick_finds_the_enumerated_optimum(policy):
     numbers = yardstick(r, pi, ref, BETA)
     exact = (second * (rewards - BETA * (second / REF).log())).sum(1).mean().item()
     best = BETA * (REF * (rewards / BETA).exp()).sum(1).log().mean().item()
-    by_hand = r[:, n:].mean() - BETA * (pi - ref)[:, n:].mean()
-    assert numbers["J/policy"] == pytest.approx(by_hand.item(), abs=1e-9)
     assert numbers["J/policy"] == pytest.approx(exact, abs=0.03)
     assert numbers["J/reference"] == pytest.approx((rewards @ REF).mean().item(), abs=0.03)
     assert numbers["J/optimum"] == pytest.approx(best, abs=0.03)

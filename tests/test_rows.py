@@ -1,7 +1,4 @@
-"""Rows of real data and models of real kinds: what is read, which tokens come of it, what is said.
-
-Each test holds a kind of public bug report; the values are made up.
-"""
+"""Rows of real data, and models of real kinds, after public bug reports; the values are made up."""
 
 import json
 import subprocess
@@ -125,7 +122,6 @@ REFUSED = {  # a row, and what the line says
                "rejected": "b"}, '"content" that is a text'),
     "strings": ({"prompt": ["a"], "chosen": "a", "rejected": "b"}, 'this one is "a"'),
     "no messages": ({"prompt": [], "chosen": "a", "rejected": "b"}, "empty list"),
-    "number": ({"prompt": "A", "chosen": 4}, '"chosen" is not a text, but 4'),
     "transcript": ({"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "b"}, "transcript"),
     "alpaca": ({"instruction": "A", "output": "B"}, 'rename "instruction" to "prompt"'),
     "sharegpt": ({"conversations": [{"from": "human", "value": "A"}]}, '"from" to "role"'),

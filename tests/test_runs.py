@@ -116,9 +116,8 @@ class Killed(Exception):
 @each_script
 def test_killed_and_resumed_is_the_same_run(script, save_every, whole, tmp_path, monkeypatch):
     """Killed in the update after the one that follows a saved state, and resumed with other random
-    numbers around: the same bits as an uninterrupted run with that seed, weights and log
-    (pytorch/rl#4188, NVIDIA-NeMo/RL#3171). Steps 2 and 4 begin a round of hir.py and of
-    self_correct.py; step 3 is within one. The folder holds an older run, which leaves no trace."""
+    numbers around: the same bits as an uninterrupted run (pytorch/rl#4188, NVIDIA-NeMo/RL#3171).
+    Steps 2 and 4 begin a round of hir.py and self_correct.py. An older run leaves no trace."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' * 9)
     (tmp_path / "state.pt").write_text("of an older run")
     flags = [SMALL[script], "--save_every", save_every]

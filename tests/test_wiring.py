@@ -167,9 +167,7 @@ def batches(rows, a):
 
 def learn(a, model, plan, lesson, betas=(0.9, 0.95)):
     """(lines of metrics.jsonl, model). lesson(batch) gives the loss and other numbers of each row.
-
-    With fewer than 20 steps the warm-up is the first step alone.
-    """
+    Below 20 steps the warm-up is one step."""
     optimizer, expected = ADAMW(model.parameters(), betas=betas), []
     for step, batch in enumerate(plan):
         rows = list(lesson(batch))
@@ -811,6 +809,54 @@ def test_evaluation_of_a_reward_model():
         "pairs/accuracy": fmean(margin > 0 for margin in margins),
         "pairs/ceiling": fmean(1 / (1 + math.exp(-gap)) for gap in gaps),
         "calibration/error": reward_model.calibration_error(torch.tensor(margins))}, rel=1e-4)
+
+
+def test_evaluation_of_summaries(monkeypatch):
+    """Recall, made-up facts and words, by hand; mean log-probs are compared; ties are half."""
+    (policy, tokenizer), (reference, _) = map(helper.load_model, ("tiny", "reference"))
+    good, half, bad = " Anna lost a ring.", " Boris lost a ring.", " No."
+    drawn = {probe(reference): [half, bad, good, bad], probe(policy): [good, bad, good, good]}
+    monkeypatch.setattr(simpo, "sample",
+                        lambda model, *_, **__: [*map(ids_of, drawn[probe(model)])] * 64)
+    pairs = [[([EOS], ids_of(row[side])) for side in ("chosen", "rejected")] for row in PAIRS[:3]]
+    rows = [{"prompt": "", "facts": {"who": "Anna", "what": "ring"}, "pair": x} for x in pairs]
+    a = SimpleNamespace(seed=0, max_new_tokens=9, max_tokens=999, data=None, loss="simpo")
+    columns, _ = simpo.evaluate(policy, reference, tokenizer, rows, a)
+    for column, model, numbers in zip(columns.values(), (plain("reference"), plain()), (
+            (0.225, 0.375, 0.125, 0.5), (0.7175, 0.75, 0, 0.75))):
+        shown = [column[f"samples/{x}"] for x in ("quality", "recall", "made_up", "grammatical")]
+        assert shown == pytest.approx(numbers)
+        means = [[number(token_logps(model, x).mean()) for x in pair] for pair in pairs]
+        assert column["rewards/accuracy"] == fmean(w > l for w, l in means)
+    assert column["samples/win_rate"] == (1 + 0.5 + 0.5 + 1) / 4
+
+
+def test_evaluation_of_instructions(monkeypatch):
+    """What is followed as a whole, each requirement by itself, and reviews of any kind."""
+    monkeypatch.setattr(hir, "sample", lambda *_, **__: [ids_of(text) for text in REVIEWS])
+    groups = {name: [({"prompt": ""}, wanted)] for name, wanted in (
+        ("all", ASKED[0]), ("held_out", {"length": "short"}))}
+    a = SimpleNamespace(samples=6, seed=0, max_new_tokens=12, max_tokens=99, temperature=1.0)
+    assert hir.evaluate(*helper.load_model(), groups, a) == pytest.approx({
+        "followed/all": 1 / 6, "followed/length": 3 / 6, "followed/mood": 2 / 6,
+        "samples/reviews": 4 / 6, "followed/held_out": 3 / 6})
+
+
+def test_evaluation_of_corrections(monkeypatch):
+    """Each answer is corrected again; the stop rule leaves alone what was perfect once."""
+    drafts, *turns = [[self_correct.Answer("", value, "") for value in values] for values in (
+        [1, 0, 0.5, 1], [0.5, 1, 0.5, 1], [1, 0.5, 1, 0.5])]
+    asked, problems = [], [{"prompt": "", "pool": [draft, None]} for draft in drafts]
+
+    def respond(model, tokenizer, tasks, seed, args):
+        asked.append((tasks, seed))
+        return turns[len(asked) - 1]
+
+    monkeypatch.setattr(self_correct, "respond", respond)
+    columns, _ = self_correct.evaluate(None, None, problems, SimpleNamespace(corrections=2, seed=5))
+    assert asked == [([*zip(problems, drafts)], 6), ([*zip(problems, turns[0])], 7)]
+    assert [list(column.values()) for column in columns.values()] == [
+        [0.625, 0.5, 0.5, 0], [0.75, 0.5, 0.75, 0.5], [0.75, 0.5, 1, 1]]
 
 
 @pytest.mark.parametrize("script", [sft, reward_model, dpo, simpo, ppo_rlhf, hir, self_correct])
