@@ -1,6 +1,6 @@
 """Shared by all tests: the repository on the path, one thread, one seed, and a small bandit.
 
-The bandit is a prompt with five responses, all of which is known. Its labels are Bradley-Terry's.
+The bandit is a prompt with five responses, about which all is known; Bradley-Terry labels them.
 """
 
 import os

@@ -242,8 +242,8 @@ def test_best_of_k_values():
 
 
 def test_calibration_error():
-    """Pairs are drawn from the judge's own rates, so its error is near 0; that of one twice as sure
-    is not. By hand: rates of 1/2 and 3/4, and both pairs won: (1/2 - 1/2, 3/4 - 1)."""
+    """Pairs are drawn from the judge's own rates, so its error is near 0. A judge twice as sure
+    has a larger one. By hand: rates of 1/2 and 3/4, and both pairs won: (1/2 - 1/2, 3/4 - 1)."""
     margins = torch.randn(20000) * 2
     margins = torch.where(torch.rand(20000) < margins.sigmoid(), margins, -margins)
     assert calibration_error(margins) < 0.01 and calibration_error(2 * margins) > 0.05
@@ -350,7 +350,7 @@ def test_kl_estimates():
 
 
 def test_best_of_n_against_enumeration():
-    """The exact KL of the best of four on the bandit; continuous rewards reach the bound of KL."""
+    """The exact KL of the best of four on the bandit; with continuous rewards it has its bound."""
     pool = R.repeat_interleave((REF * 20).round().long())[None]  # (1, 20)
     ratio = best_of_n_log_ratio(R[None], pool, 4)[0]
     best = REF * ratio.exp()

@@ -1,4 +1,4 @@
-"""On the bandit of conftest.py each loss has its optimum where theory says; the yardstick's J*."""
+"""On the bandit of conftest.py each loss has the optimum of theory, and the yardstick finds J*."""
 
 import itertools
 

@@ -7,9 +7,9 @@ moods of the reviews are balanced, and half of the summaries come from a careles
 facts out or makes them up. So the other scripts have something to improve.
 
 On one machine, with as many threads, the same file comes out each time, bit for bit; another one
-rounds differently and ends with other weights. The loss is that of sft.py, but it rounds differently: its batches have
-an attention mask, and its gradient is summed in another order. The model in tiny/ was made in this
-way, so please leave both as they are.
+rounds differently and ends with other weights. The loss is that of sft.py, but it rounds
+differently: its batches have an attention mask, and its gradient is summed in another order. The
+model in tiny/ was made in this way, so please leave both as they are.
 """
 
 import argparse
