@@ -125,7 +125,7 @@ def collate(sequences, device):
 
 def hidden_states(model, ids, where):
     """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
     return hidden.to(model.dtype)  # fp32
@@ -187,11 +187,11 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
         cache = None
-        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            start = -1 if cache else 0  # the cache holds all tokens but the last one
-            mask = (ids >= 0).long()  # (B, T): -1 is padding
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
+                start = -1 if cache else 0  # the cache holds all tokens but the last one
+                mask = (ids >= 0).long()  # (B, T): -1 is padding
+                positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
                 out = model(
                     input_ids=ids[:, start:].clamp(min=0),
                     position_ids=positions[:, start:],
@@ -199,18 +199,20 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1)
-            cache = out.get("past_key_values")  # state-space models have none
-            logits = out.logits[:, -1].float() / temperature  # (B, V)
-            token = logits.softmax(1).multinomial(1)  # (B, 1)
-            for i, t in zip(rows, token[:, 0].tolist()):
-                responses[i].append(t)
-            going = [b for b, i in enumerate(rows) if responses[i][-1] not in tokenizer.stop_ids]
-            if not going:
-                break
-            rows = [rows[b] for b in going]  # rows that have ended are left behind
-            ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            if cache:
-                cache.reorder_cache(torch.tensor(going, device=model.device))
+                cache = out.get("past_key_values")  # state-space models have none
+                logits = out.logits[:, -1].float() / temperature  # (B, V)
+                token = logits.softmax(1).multinomial(1)  # (B, 1)
+                ids = torch.cat([ids, token], 1)  # (B, T + 1)
+                drawn = token[:, 0].tolist()
+                for i, t in zip(rows, drawn):
+                    responses[i].append(t)
+                going = [b for b, t in enumerate(drawn) if t not in tokenizer.stop_ids]
+                if not going:
+                    break
+                if len(going) < len(rows):  # rows that have ended are left behind
+                    rows, ids = [rows[b] for b in going], ids[going]
+                    if cache:
+                        cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -262,7 +264,7 @@ def toy_pairs(model, tokenizer, count, seed):
     of a larger model often tie, so the best and the worst of eight are compared.
     """
     rng = random.Random(seed)
-    prompts = rng.choices(toy_prompts(model.small), k=count or (4352 if model.small else 160))
+    prompts = rng.choices(toy_prompts(model.small), k=count or (5120 if model.small else 160))
     k = 2 if model.small else 8
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
@@ -311,19 +313,31 @@ def yardstick(rewards, policy, reference, beta):
     rewards, policy, reference: (P, 2n). For each of P prompts: n samples of the reference, then n
     of the policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
-    q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
+    q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q. A standard error (se) is the SD over
+    200 bootstrap draws: all is computed again from n of the n samples, drawn with replacement.
     """
-    n = rewards.shape[1] // 2
+    P, n = len(rewards), rewards.shape[1] // 2
+    seed = torch.Generator().manual_seed(0)
+    draws = torch.randint(n, (201, P, 2, n), generator=seed) + torch.tensor([[0], [n]])
+    draws[0] = torch.arange(2 * n).view(2, n)  # the first "draw" is the samples themselves
+    draws = draws.flatten(2)  # (201, P, 2n)
+    rewards, policy, reference = (
+        x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, policy, reference))
     log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
-    x = log_weights + rewards / beta  # (P, 2n)
-    optimum = beta * (x.logsumexp(1) - math.log(n)).mean()
-    effective_samples = 1 / x.softmax(1).square().sum(1).max()  # of the worst prompt
-    start = rewards[:, :n].mean()
-    now = (rewards - beta * (policy - reference))[:, n:].mean()
-    numbers = {"J/reference": start, "J/policy": now, "J/effective_samples": effective_samples}
+    x = log_weights + rewards / beta  # (201, P, 2n)
+    optimum = beta * (x.logsumexp(2) - math.log(n)).mean(1)  # (201,)
+    start = rewards[:, :, :n].mean((1, 2))  # (201,)
+    now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
+    share = (now - start) / (optimum - start)  # (201,)
+    effective_samples = 1 / x[0].softmax(1).square().sum(1).max()  # of the worst prompt
+    numbers = {
+        "J/reference": start[0], "J/policy": now[0], "J/effective_samples": effective_samples}
     if effective_samples >= 50:  # with fewer the estimate would be a guess
-        numbers["J/optimum"] = optimum
-        numbers["J/share_of_the_way"] = (now - start) / (optimum - start)
+        numbers |= {
+            "J/optimum": optimum[0],
+            "J/optimum_se": optimum[1:].std(),
+            "J/share_of_the_way": share[0],
+            "J/share_se": share[1:].std()}
     return {key: float(value) for key, value in numbers.items()}
 
 
@@ -337,7 +351,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
 
     # n samples of both models for each of P prompts.
     P = len(prompts)
-    n = args.samples or (128 if policy.small else 8)
+    n = args.samples or (256 if policy.small else 8)
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
     answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
                       max_tokens=4 * args.max_tokens) for model in (reference, policy)]
@@ -382,7 +396,7 @@ def train(args):
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
     peak_lr = args.lr
     if peak_lr is None:
-        peak_lr = 5e-4 if model.small else 1e-5 if args.data else 3e-5
+        peak_lr = 7e-4 if model.small else 1e-5 if args.data else 3e-5
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
@@ -398,7 +412,7 @@ def train(args):
     reference_logps = score(model, pairs, args.max_tokens)  # (pairs, 2)
 
     # 4. Batches: each epoch visits all pairs in a new order.
-    batch_size = args.batch_size or (32 if model.small or args.data else 8)
+    batch_size = args.batch_size or (40 if model.small else 32 if args.data else 8)
     steps = args.steps
     if steps is None:
         steps = args.epochs * math.ceil(len(pairs) / batch_size)
@@ -406,8 +420,10 @@ def train(args):
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
         batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    # Adam divides by the size of a gradient, so even a tiny one moves a weight at full speed. eps
+    # prevents this for tiny's words that no review contains: see "steady" in docs/dpo.md.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
+                                  eps=1e-4 if model.small else 1e-8, fused=True)
     run = fingerprint(args, pairs)
     start = load_state(args, model, optimizer, run)["step"]
     log = open_log(args.out, start)
@@ -481,28 +497,32 @@ def parse_args(argv=None):
     flag("--out", default="runs/dpo", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--loss", default="dpo", choices=["dpo", "ipo", "rdpo"])
-    flag("--beta", type=float, default=0.5,
-         help="price of a nat of KL from the reference, and IPO's tau; 0.1 is usual with --data")
+    flag("--beta", type=float,
+         help="price of a nat of KL from the reference; 0.1 is usual with --data. For ipo its tau. "
+         "None: 0.5, ipo 0.1")
     flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")
     flag("--alpha", type=float, default=0.05, help="rdpo: price of a token of response length")
     flag("--lr", type=float,
-         help="peak learning rate; None: 5e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
+         help="peak learning rate; None: 7e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
     flag("--epochs", type=int, default=1, help="passes over the pairs")
     flag("--steps", type=int, help="updates; None: as many as --epochs takes")
     flag("--batch_size", type=int,
-         help="pairs in an update; None: 32, and 8 in the toy of a model above 10M parameters")
+         help="pairs in an update; None: 40 below 10M parameters, else 32, in the toy 8")
     flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
     flag("--lora_rank", type=int, default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
     flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--pairs", type=int, help="toy: pairs to sample; None: 4352 below 10M parameters, or 160")
+    flag("--pairs", type=int, help="toy: pairs to sample; None: 5120 below 10M parameters, or 160")
     flag("--samples", type=int,
-         help="evaluation: samples for each of 8 prompts; None: 128 below 10M parameters, else 8")
+         help="evaluation: samples for each of 8 prompts; None: 256 below 10M parameters, else 8")
     flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
     flag("--seed", type=int, default=0, help="the same seed gives the same result")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.beta is None:
+        args.beta = 0.1 if args.loss == "ipo" else 0.5
+    return args
 
 
 def main(argv=None):

@@ -188,7 +188,7 @@ def collate(sequences, device):
 
 def hidden_states(model, ids, where):
     """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
     return hidden.to(model.dtype)  # fp32
@@ -260,11 +260,11 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
         cache = None
-        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            start = -1 if cache else 0  # the cache holds all tokens but the last one
-            mask = (ids >= 0).long()  # (B, T): -1 is padding
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
+                start = -1 if cache else 0  # the cache holds all tokens but the last one
+                mask = (ids >= 0).long()  # (B, T): -1 is padding
+                positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
                 out = model(
                     input_ids=ids[:, start:].clamp(min=0),
                     position_ids=positions[:, start:],
@@ -272,18 +272,20 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1)
-            cache = out.get("past_key_values")  # state-space models have none
-            logits = out.logits[:, -1].float() / temperature  # (B, V)
-            token = logits.softmax(1).multinomial(1)  # (B, 1)
-            for i, t in zip(rows, token[:, 0].tolist()):
-                responses[i].append(t)
-            going = [b for b, i in enumerate(rows) if responses[i][-1] not in tokenizer.stop_ids]
-            if not going:
-                break
-            rows = [rows[b] for b in going]  # rows that have ended are left behind
-            ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            if cache:
-                cache.reorder_cache(torch.tensor(going, device=model.device))
+                cache = out.get("past_key_values")  # state-space models have none
+                logits = out.logits[:, -1].float() / temperature  # (B, V)
+                token = logits.softmax(1).multinomial(1)  # (B, 1)
+                ids = torch.cat([ids, token], 1)  # (B, T + 1)
+                drawn = token[:, 0].tolist()
+                for i, t in zip(rows, drawn):
+                    responses[i].append(t)
+                going = [b for b, t in enumerate(drawn) if t not in tokenizer.stop_ids]
+                if not going:
+                    break
+                if len(going) < len(rows):  # rows that have ended are left behind
+                    rows, ids = [rows[b] for b in going], ids[going]
+                    if cache:
+                        cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 
@@ -424,25 +426,37 @@ def yardstick(rewards, policy, reference, beta):
     rewards, policy, reference: (P, 2n). For each of P prompts: n samples of the reference, then n
     of the policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
-    q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q.
+    q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q. A standard error (se) is the SD over
+    200 bootstrap draws: all is computed again from n of the n samples, drawn with replacement.
     """
-    n = rewards.shape[1] // 2
+    P, n = len(rewards), rewards.shape[1] // 2
+    seed = torch.Generator().manual_seed(0)
+    draws = torch.randint(n, (201, P, 2, n), generator=seed) + torch.tensor([[0], [n]])
+    draws[0] = torch.arange(2 * n).view(2, n)  # the first "draw" is the samples themselves
+    draws = draws.flatten(2)  # (201, P, 2n)
+    rewards, policy, reference = (
+        x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, policy, reference))
     log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
-    x = log_weights + rewards / beta  # (P, 2n)
-    optimum = beta * (x.logsumexp(1) - math.log(n)).mean()
-    effective_samples = 1 / x.softmax(1).square().sum(1).max()  # of the worst prompt
-    start = rewards[:, :n].mean()
-    now = (rewards - beta * (policy - reference))[:, n:].mean()
-    numbers = {"J/reference": start, "J/policy": now, "J/effective_samples": effective_samples}
+    x = log_weights + rewards / beta  # (201, P, 2n)
+    optimum = beta * (x.logsumexp(2) - math.log(n)).mean(1)  # (201,)
+    start = rewards[:, :, :n].mean((1, 2))  # (201,)
+    now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
+    share = (now - start) / (optimum - start)  # (201,)
+    effective_samples = 1 / x[0].softmax(1).square().sum(1).max()  # of the worst prompt
+    numbers = {
+        "J/reference": start[0], "J/policy": now[0], "J/effective_samples": effective_samples}
     if effective_samples >= 50:  # with fewer the estimate would be a guess
-        numbers["J/optimum"] = optimum
-        numbers["J/share_of_the_way"] = (now - start) / (optimum - start)
+        numbers |= {
+            "J/optimum": optimum[0],
+            "J/optimum_se": optimum[1:].std(),
+            "J/share_of_the_way": share[0],
+            "J/share_se": share[1:].std()}
     return {key: float(value) for key, value in numbers.items()}
 
 
-def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
+def evaluate(policy, reference, reward, tokenizer, prompts, args):
     """Metrics of the reference and of the policy, and samples of both for held-out prompts."""
-    n = args.samples or (128 if policy.small else 8)
+    n = args.samples or (256 if policy.small else 8)
     rollouts = [rollout(model, reward, tokenizer, prompts, n, args.seed, args)
                 for model in (reference, policy)]
     sequences, scores, texts, (before, after) = zip(*rollouts)  # of the reference, of the policy
@@ -456,8 +470,8 @@ def evaluate(policy, reference, reward, tokenizer, prompts, beta, args):
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
         rewards = zip(*[map(toy_reward, own) for own in texts])
         after["samples/win_rate"] = fmean((new > old) + (new == old) / 2 for old, new in rewards)
-    if beta:
-        after |= yardstick(torch.cat(scores, 1), policy_logps, reference_logps, beta)
+    if args.beta:
+        after |= yardstick(torch.cat(scores, 1), policy_logps, reference_logps, args.beta)
     firsts = [own[::n] for own in texts]  # the first sample of each prompt
     samples = [{"prompt": prompt, "before": old, "after": new}
                for prompt, old, new in zip(prompts, *firsts)]
@@ -599,7 +613,7 @@ def train(args):
 
     # 9. Save, then compare with the reference.
     save_model(policy, tokenizer, args.out)
-    before, after, samples = evaluate(policy, reference, reward, tokenizer, held_out, beta, args)
+    before, after, samples = evaluate(policy, reference, reward, tokenizer, held_out, args)
     report(args.out, {"before": before, "after": after}, samples, panels=[
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
@@ -632,7 +646,7 @@ def make_parser():
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
     flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
     flag("--samples", type=int,
-         help="evaluation: samples for each of 8 prompts; None: 128 below 10M parameters, else 8")
+         help="evaluation: samples for each of 8 prompts; None: 256 below 10M parameters, else 8")
     flag("--save_every", type=int, default=10, help="steps between saved states, for --resume")
     flag("--seed", type=int, default=0, help="the same seed gives the same result")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")

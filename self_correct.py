@@ -144,7 +144,7 @@ def collate(sequences, device):
 
 def hidden_states(model, ids, where):
     """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
     return hidden.to(model.dtype)  # fp32
@@ -195,11 +195,11 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)  # (B, T)
         cache = None
-        for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
-            start = -1 if cache else 0  # the cache holds all tokens but the last one
-            mask = (ids >= 0).long()  # (B, T): -1 is padding
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
+                start = -1 if cache else 0  # the cache holds all tokens but the last one
+                mask = (ids >= 0).long()  # (B, T): -1 is padding
+                positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T): padding is not counted
                 out = model(
                     input_ids=ids[:, start:].clamp(min=0),
                     position_ids=positions[:, start:],
@@ -207,18 +207,20 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, max
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1)
-            cache = out.get("past_key_values")  # state-space models have none
-            logits = out.logits[:, -1].float() / temperature  # (B, V)
-            token = logits.softmax(1).multinomial(1)  # (B, 1)
-            for i, t in zip(rows, token[:, 0].tolist()):
-                responses[i].append(t)
-            going = [b for b, i in enumerate(rows) if responses[i][-1] not in tokenizer.stop_ids]
-            if not going:
-                break
-            rows = [rows[b] for b in going]  # rows that have ended are left behind
-            ids = torch.cat([ids, token], 1)[going]  # (B, T + 1), fewer rows
-            if cache:
-                cache.reorder_cache(torch.tensor(going, device=model.device))
+                cache = out.get("past_key_values")  # state-space models have none
+                logits = out.logits[:, -1].float() / temperature  # (B, V)
+                token = logits.softmax(1).multinomial(1)  # (B, 1)
+                ids = torch.cat([ids, token], 1)  # (B, T + 1)
+                drawn = token[:, 0].tolist()
+                for i, t in zip(rows, drawn):
+                    responses[i].append(t)
+                going = [b for b, t in enumerate(drawn) if t not in tokenizer.stop_ids]
+                if not going:
+                    break
+                if len(going) < len(rows):  # rows that have ended are left behind
+                    rows, ids = [rows[b] for b in going], ids[going]
+                    if cache:
+                        cache.reorder_cache(torch.tensor(going, device=model.device))
     return responses
 
 

@@ -76,9 +76,7 @@ def make_model(args, seed):
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     if args.worker.startswith("ours"):
         config.activation_function = "gelu_pytorch_tanh"  # as in model.py
-    model = GPT2LMHeadModel(config).eval().to(args.device)
-    model.bf16 = args.device == "cuda"
-    return model
+    return GPT2LMHeadModel(config).eval().to(args.device)
 
 
 def make_pairs(args):
@@ -151,7 +149,7 @@ def run(args, meter):
         ids, where, targets, _ = collate(sequences, args.device)
         labels = torch.full_like(ids, -100)  # (2b, T)
         labels.view(-1)[where] = targets  # (2b*T,)
-        with torch.autocast(args.device, torch.bfloat16, enabled=model.bf16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             hidden = model.base_model(ids, use_cache=False).last_hidden_state
             with torch.no_grad():
                 old = reference.base_model(ids, use_cache=False).last_hidden_state

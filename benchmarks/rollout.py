@@ -46,7 +46,6 @@ def make_model(device):
     with torch.no_grad():  # the final norm's bias moves the logit of EOS, others hardly
         eos = model.transformer.wte.weight[EOS]
         model.transformer.ln_f.bias += 7.2 * eos / eos.square().sum()
-    model.bf16 = device == "cuda"  # as in model.py
     return model.to(device)
 
 

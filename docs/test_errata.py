@@ -147,7 +147,7 @@ def test_orpo_averages_over_the_response_alone():
     model = SimpleNamespace(
         base_model=lambda input_ids, **_: SimpleNamespace(last_hidden_state=table[input_ids]),
         get_output_embeddings=lambda: SimpleNamespace(weight=torch.eye(3, dtype=torch.float64)),
-        device=torch.device("cpu"), dtype=torch.float64, bf16=False)
+        device=torch.device("cpu"), dtype=torch.float64)
     sums, lengths = response_logps(model, [([1, 2], [1, 0]), ([1, 2], [2, 1, 2, 0])])
     assert lengths.tolist() == [2, 4]
     assert (sums / lengths / math.log(2)).tolist() == pytest.approx([-3 / 2, -7 / 4])

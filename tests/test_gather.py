@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
-from conftest import v
+from conftest import ROOT, v
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from dpo import collate, gather_logps, hidden_states, response_logps, sample, split_batch
 
@@ -27,9 +29,7 @@ SEQUENCES = [[RNG.choices(range(5), k=RNG.randint(1, longest)) for longest in (6
 @pytest.fixture(params=CONFIGS)
 def model(request):
     """A random model of each family with a vocabulary of five tokens."""
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
-    model.bf16 = False
-    return model
+    return hf.AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
 
 
 def naive(hidden, weight, targets):
@@ -74,12 +74,32 @@ def test_bf16_arithmetic_gives_fp32_log_probs(tiny, monkeypatch):
     (huggingface/blog#2110)."""
     model, tokenizer = tiny
     sequences = [(tokenizer.encode("I saw the film."), tokenizer.encode(" The plot was dull."))]
-    monkeypatch.setattr(model, "bf16", True)
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *args, **_: autocast(*args))  # as on CUDA
     ids, where, targets, _ = collate(sequences, "cpu")
     sums, hidden = response_logps(model, sequences)[0], hidden_states(model, ids, where)
     expected = naive(hidden.double(), model.get_output_embeddings().weight.double(), targets).sum()
     assert sums.dtype == hidden.dtype == torch.float32
     assert sums.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("script, first", [("dpo", "class GatherLogps"), ("hir", "def collate")])
+def test_log_probs_can_be_copied(script, first, model):
+    """The log-prob block works where it is pasted: beside a model of plain transformers, and with
+    nothing of ours but what stands in the block."""
+    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    block = text[text.index(first):text.index("def split_batch")]
+    names = {"torch": torch, "pad_sequence": pad_sequence, "checkpoint": checkpoint}
+    exec(block, names)
+    expected = [naive(model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1],
+                      torch.eye(5), torch.tensor(response)) for prompt, response in SEQUENCES]
+    if script == "dpo":
+        sums, lengths = names["response_logps"](model, SEQUENCES)
+        assert lengths.tolist() == [len(response) for _, response in SEQUENCES]
+    else:  # means instead of sums
+        sums, lengths = names["output_statistics"](model, SEQUENCES)[0], 1
+        expected = [logps.mean() for logps in expected]
+    assert torch.allclose(sums, torch.stack([logps.sum() for logps in expected]), atol=1e-4)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 64, 10**6])

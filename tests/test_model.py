@@ -47,7 +47,8 @@ def new_folder(folder, kind, **changes):
     """A folder with a small config and a tokenizer, but without weights."""
     if kind == "gpt2":
         shutil.copytree(m.TINY, folder, ignore=lambda *_: {"model.safetensors", "make.py"})
-        small = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+        small = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2,
+                 "activation_function": "gelu_new"}
         hf.GPT2Config.from_pretrained(m.TINY, **small | changes).save_pretrained(folder)
     else:
         bpe(folder)
@@ -101,6 +102,10 @@ def test_plain_transformers_loads_what_we_save(kind, head, tmp_path):
     m.save_model(model, tokenizer, tmp_path / "run")
     auto = hf.AutoModelForCausalLM if head == "lm" else hf.AutoModelForSequenceClassification
     theirs, again = auto.from_pretrained(tmp_path / "run"), m.load_model(tmp_path / "run", head)
+    new, saved = (json.loads((tmp_path / folder / "config.json").read_text())
+                  for folder in ("new", "run"))
+    allowed = {"architectures", "dtype", "pad_token_id", "num_labels", "id2label", "label2id"}
+    assert {key for key in new if saved.get(key) != new[key]} <= allowed
     for other in (theirs.eval(), again[0]):
         assert torch.allclose(logits(other), logits(model), atol=1e-6)
         assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))

@@ -4,6 +4,7 @@ Each script trains for a few steps from `tiny`. The same steps are derived anew 
 transformers alone, float64, one sequence at a time, Python loops, no code of the scripts.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -165,10 +166,10 @@ def batches(rows, a):
     return result[:getattr(a, "steps", None)]
 
 
-def learn(a, model, plan, lesson, betas=(0.9, 0.95)):
+def learn(a, model, plan, lesson, betas=(0.9, 0.95), eps=1e-8):
     """(lines of metrics.jsonl, model). lesson(batch) gives the loss and other numbers of each row.
     Below 20 steps the warm-up is one step."""
-    optimizer, expected = ADAMW(model.parameters(), betas=betas), []
+    optimizer, expected = ADAMW(model.parameters(), betas=betas, eps=eps), []
     for step, batch in enumerate(plan):
         rows = list(lesson(batch))
         optimizer.zero_grad()
@@ -236,8 +237,8 @@ def learn_pairs(a, calls):
             margin = numbers["rewards/chosen"] - numbers["rewards/rejected"]
             yield numbers | {"rewards/accuracy": margin > 1e-4}  # ties count as wrong
 
-    betas = (0.9, 0.99 if a.loss in ("dpo", "ipo", "rdpo") else 0.95)
-    return learn(a, model, batches(split(PAIRS), a), lesson, betas)
+    adam = ((0.9, 0.99), 1e-4) if a.loss in ("dpo", "ipo", "rdpo") else ((0.9, 0.95), 1e-8)
+    return learn(a, model, batches(split(PAIRS), a), lesson, *adam)
 
 
 def learn_labels(a, calls):
@@ -265,7 +266,7 @@ def learn_labels(a, calls):
             yield {"loss": loss, "kl/mismatched": z, f"logps/{side}": logp,
                    f"rewards/{side}": a.beta * r}
 
-    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99))
+    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99), 1e-4)
 
 
 def learn_rankings(a, calls):
@@ -774,7 +775,7 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch):
             log_ratio(row["prompt"], row["chosen"]) > log_ratio(row["prompt"], row["rejected"])
             for row in PAIRS)
     else:
-        result = ppo_rlhf.evaluate(policy, reference, None, tokenizer, test, a.beta, a)
+        result = ppo_rlhf.evaluate(policy, reference, None, tokenizer, test, a)
         reward = "scores/mean"
         for column, texts in zip(columns, drawn.values()):
             column |= {"samples/without_eos": texts.count(CUT) / n, "scores/mean": fmean(
@@ -784,8 +785,9 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch):
     columns[1]["samples/win_rate"] = fmean(1 if win > 0 else 0 if win < 0 else 0.5 for win in wins)
     start, now, best = columns[0][reward], columns[1][reward] - a.beta * kl, result[1]["J/optimum"]
     columns[1] |= {"kl/policy_reference": kl, "J/reference": start, "J/policy": now,
-                   "J/share_of_the_way": (now - start) / (best - start), "J/optimum": best,
-                   "J/effective_samples": result[1]["J/effective_samples"]}
+                   "J/share_of_the_way": (now - start) / (best - start), "J/optimum": best}
+    columns[1] |= {key: result[1][key] for key in (
+        "J/effective_samples", "J/optimum_se", "J/share_se")}
     assert best > max(start, now)
     for column, expected in zip(result, columns):
         assert column == pytest.approx(expected, rel=1e-4)
@@ -860,16 +862,23 @@ def test_evaluation_of_corrections(monkeypatch):
 
 
 @pytest.mark.parametrize("script", [sft, reward_model, dpo, simpo, ppo_rlhf, hir, self_correct])
-def test_bf16_is_used_where_the_model_says_so(script):
-    """In training and in sampling."""
+def test_bf16_is_used_on_cuda_alone(script, monkeypatch):
+    """In training and in sampling. The second device only says that it is CUDA."""
     model, tokenizer = helper.load_model()
-    used = []
-    model.base_model.register_forward_pre_hook(
-        lambda *_: used.append(torch.is_autocast_enabled("cpu")))
-    for model.bf16 in (False, True):
+    tokenizer.stop_ids = range(1000)  # each sample ends at once
+    cuda, used, to = SimpleNamespace(type="cuda"), [], torch.Tensor.to
+
+    def autocast(*args, enabled):
+        used.append((*args, enabled))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x if a == (cuda,) else to(x, *a, **k))
+    for device in (torch.device("cpu"), cuda):
+        monkeypatch.setattr(type(model), "device", device)
         script.hidden_states(model, torch.tensor([[EOS, 5]]), torch.tensor([1]))
         script.sample(model, tokenizer, [[EOS, 5]], 1, seed=0)
-    assert used == [False, False, True, True]
+    assert used == [("cpu", torch.bfloat16, False)] * 2 + [("cuda", torch.bfloat16, True)] * 2
 
 
 def test_no_control_character_reaches_the_terminal(tmp_path, capsys):

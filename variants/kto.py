@@ -133,7 +133,7 @@ def train(args):
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
         batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
+                                  eps=1e-4 if model.small else 1e-8, fused=True)  # as in dpo.py
     run = fingerprint(args, [groups, desirable.tolist()])
     start = load_state(args, model, optimizer, run)["step"]
     log = open_log(args.out, start)

@@ -50,7 +50,7 @@ def best_of_n_log_ratio(rewards, pool, n):
 
 def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     """Metrics of the reference and of the best of n of its samples, and samples of both."""
-    count = args.samples or (128 if reference.small else 8)
+    count = args.samples or (256 if reference.small else 8)
     _, single, old_texts, before = rollout(
         reference, reward, tokenizer, prompts,
         count, args.seed, args)  # single: (P, count)
@@ -166,8 +166,7 @@ def train(args):
 
     # 6. Save, then compare with the reference.
     save_model(policy, tokenizer, args.out)
-    before, after, samples = evaluate(
-        policy, reference, reward, tokenizer, held_out, args.beta, args)
+    before, after, samples = evaluate(policy, reference, reward, tokenizer, held_out, args)
     report(args.out, {"before": before, "after": after}, samples, panels=[
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
