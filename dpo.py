@@ -20,10 +20,11 @@ log-probs are computed once, before training, which then needs only one model in
 """
 
 import argparse
-import json
 import math
 import random
 import re
+import warnings
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
-                   say, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
+                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The first four inputs of each loss, all (B,): log-probs of whole responses, summed over their
-# tokens with EOS, in nats, under the policy and under the reference. Each loss returns (B,).
+# tokens with EOS, in nats, under the policy and under the reference. Each loss returns (B,). They
+# are called in step 5 of `train`.
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta,
@@ -92,17 +93,23 @@ class GatherLogps(torch.autograd.Function):
         grad = grad[:, None]  # (N, 1)
         # d logp / d logits = onehot(target) - softmax. The one-hot part needs no logits.
         grad_hidden = grad * weight[targets]  # (N, D)
-        grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
-        for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not with LoRA, where the head is frozen
+            grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
+        for i in range(0, len(weight), 4096):
+            w = weight[i:i + 4096]  # (C, D)
             grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
             grad_hidden.addmm_(grad_logits, w)
-            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(grad_logits.T, hidden)
+            if grad_weight is not None:
+                grad_weight[i:i + 4096].addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
 def gather_logps(hidden, weight, targets):
-    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,)."""
+    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,).
+
+    It equals (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1).
+    """
     return GatherLogps.apply(hidden, weight, targets)
 
 
@@ -162,7 +169,7 @@ def split_batch(groups, max_tokens):
 
 
 @torch.no_grad()
-def score(model, groups, max_tokens):
+def group_logps(model, groups, max_tokens):
     """Summed log-probs of groups of K sequences, without gradient: (len(groups), K)."""
     logps = torch.zeros(len(groups), len(groups[0]))
     parts = share(split_batch(groups, max_tokens))
@@ -264,7 +271,7 @@ def toy_pairs(model, tokenizer, count, seed):
     of a larger model often tie, so the best and the worst of eight are compared.
     """
     rng = random.Random(seed)
-    prompts = rng.choices(toy_prompts(model.small), k=count or (5120 if model.small else 160))
+    prompts = rng.choices(toy_prompts(model.small), k=count)
     k = 2 if model.small else 8
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
@@ -281,7 +288,7 @@ def toy_pairs(model, tokenizer, count, seed):
             a, b = b, a
         rows.append({"prompt": prompt, "chosen": a, "rejected": b})
     if not model.small:
-        say(f"{len(prompts) - len(rows)} of {len(prompts)} pairs are ties, and left out")
+        print(f"{len(prompts) - len(rows)} of {len(prompts)} pairs are ties, and left out")
     return rows
 
 
@@ -301,10 +308,13 @@ def encode_pairs(tokenizer, rows, args):
         elif pair[0] != pair[1]:  # equal responses would teach nothing
             usable.append(dict(row, pair=pair))
             cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
-    kept = (f"{len(usable)} pairs; left out: {no_room} without room for --max_new_tokens within "
-            f"--max_length, {len(rows) - len(usable) - no_room} with equal responses")
-    say(f"{kept}; {cut} responses cut at --max_length")
-    return usable or fail(kept)
+    counts = {"pairs": len(usable),
+              "left out without room for --max_new_tokens within --max_length": no_room,
+              "left out with equal responses": len(rows) - len(usable) - no_room,
+              "responses cut at --max_length": cut}
+    found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(found)
+    return usable or fail(f"no pair is left: {found}")
 
 
 def yardstick(rewards, policy, reference, beta):
@@ -329,7 +339,8 @@ def yardstick(rewards, policy, reference, beta):
     start = rewards[:, :, :n].mean((1, 2))  # (201,)
     now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
     share = (now - start) / (optimum - start)  # (201,)
-    effective_samples = 1 / x[0].softmax(1).square().sum(1).max()  # of the worst prompt
+    # The error of J* is about beta / sqrt(effective_samples), of all prompts together.
+    effective_samples = P**2 / x[0].softmax(1).square().sum()
     numbers = {
         "J/reference": start[0], "J/policy": now[0], "J/effective_samples": effective_samples}
     if effective_samples >= 50:  # with fewer the estimate would be a guess
@@ -342,41 +353,48 @@ def yardstick(rewards, policy, reference, beta):
 
 
 def evaluate(policy, reference, tokenizer, test, prompts, args):
-    """Metrics of the reference and of the policy, and samples of both for held-out prompts."""
-    # Does the implicit reward beta log pi/pi_ref rank pairs that training has not seen?
-    reference_logps, policy_logps = (score(model, test, args.max_tokens)
-                                     for model in (reference, policy))  # (pairs, 2) each
-    chosen, rejected = (args.beta * (policy_logps - reference_logps)).unbind(1)  # (pairs,) each
-    before, after = {}, {"rewards/accuracy": float((chosen > rejected).float().mean())}
+    """{"before": metrics of the reference, "after": of the policy}, and samples of both.
 
-    # n samples of both models for each of P prompts.
-    P = len(prompts)
-    n = args.samples or (256 if policy.small else 8)
+    test: pairs, on which the implicit reward beta log pi/pi_ref is tried. prompts: P held-out ones.
+    """
+    P, n = len(prompts), args.samples
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
-    answers = [sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
-                      max_tokens=4 * args.max_tokens) for model in (reference, policy)]
-    texts = [[tokenizer.decode(response) for response in responses] for responses in answers]
-    rewards = torch.tensor([toy_reward(text) for own in texts for text in own]).view(2, P, n)
-    for metrics, own, responses, reward in zip((before, after), texts, answers, rewards):
-        metrics["samples/tokens"] = sum(map(len, responses)) / len(responses)
+    columns, rewards = {}, []
+    samples = [{"prompt": prompt} for prompt in prompts]
+    groups = []  # each sample is a group alone: first those of the reference, then the policy's
+    for name, model in (("before", reference), ("after", policy)):
+        responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
+                           max_tokens=4 * args.max_tokens)
+        texts = [tokenizer.decode(response) for response in responses]
+        groups += [[example] for example in zip(asked, responses)]
+        rewards.append(torch.tensor([toy_reward(text) for text in texts]).view(P, n))
+        columns[name] = {"samples/tokens": fmean(map(len, responses))}
         if not args.data:
-            metrics["samples/true_reward"] = float(reward.mean())
+            columns[name]["samples/true_reward"] = float(rewards[-1].mean())
             if policy.small:
-                metrics["samples/grammatical"] = sum(map(toy_grammatical, own)) / len(own)
-    if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
-        after["samples/win_rate"] = float(1 + (rewards[1] - rewards[0]).sign().mean()) / 2
+                columns[name]["samples/grammatical"] = fmean(map(toy_grammatical, texts))
+        for row, text in zip(samples, texts[::n]):
+            row[name] = text
 
-    # Log-probs of all these samples under both models.
-    groups = [[example] for responses in answers for example in zip(asked, responses)]
-    reference_logps, policy_logps = (score(model, groups, args.max_tokens).view(2, P, n).double()
-                                     for model in (reference, policy))  # (2*P*n, 1) -> (2, P, n)
-    after["kl/policy_reference"] = float((policy_logps - reference_logps)[1].mean())
-    if not args.data and policy.small:  # a larger model has too few samples for J*
-        rewards, policy_logps, reference_logps = (
-            x.transpose(0, 1).flatten(1)  # (2, P, n) -> (P, 2n)
-            for x in (rewards, policy_logps, reference_logps))
-        after |= yardstick(rewards, policy_logps, reference_logps, args.beta)
-    return before, after, [own[::n] for own in texts]
+    # Does the implicit reward rank pairs that training has not seen? Ties count as wrong.
+    after = columns["after"]
+    log_ratios = (group_logps(policy, test, args.max_tokens)
+                  - group_logps(reference, test, args.max_tokens))  # (pairs, 2)
+    after["rewards/accuracy"] = float((log_ratios[:, 0] > log_ratios[:, 1]).float().mean())
+
+    # Log-probs of the samples under both models: (2*P*n, 1) -> (2, P, n) -> (P, 2, n)
+    policy_logps, reference_logps = (
+        group_logps(model, groups, args.max_tokens).view(2, P, n).transpose(0, 1).double()
+        for model in (policy, reference))
+    after["kl/policy_reference"] = float((policy_logps - reference_logps)[:, 1].mean())
+    if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
+        old, new = rewards  # (P, n) each
+        after["samples/win_rate"] = float(1 + (new - old).sign().mean()) / 2
+        if policy.small and args.beta:  # a larger model has too few samples for J*
+            rewards = torch.cat(rewards, 1)  # (P, 2n)
+            after |= yardstick(rewards, policy_logps.flatten(1), reference_logps.flatten(1),
+                               args.beta)
+    return columns, samples
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -390,13 +408,11 @@ def schedule(step, steps, warmup=0.1):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The policy. Before its first step it is also the reference.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 7e-4 if model.small else 1e-5 if args.data else 3e-5
+    fill_defaults(args, DEFAULTS, model.small)
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
@@ -409,32 +425,27 @@ def train(args):
     tokenizer.show(*pairs[0][0])
 
     # 3. The reference's log-probs of all pairs, computed while the policy still is the reference.
-    reference_logps = score(model, pairs, args.max_tokens)  # (pairs, 2)
+    reference_logps = group_logps(model, pairs, args.max_tokens)  # (pairs, 2)
 
     # 4. Batches: each epoch visits all pairs in a new order.
-    batch_size = args.batch_size or (40 if model.small else 32 if args.data else 8)
-    steps = args.steps
-    if steps is None:
-        steps = args.epochs * math.ceil(len(pairs) / batch_size)
+    steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
-        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     # Adam divides by the size of a gradient, so even a tiny one moves a weight at full speed. eps
     # prevents this for tiny's words that no review contains: see "steady" in docs/dpo.md.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  eps=1e-4 if model.small else 1e-8, fused=True)
-    run = fingerprint(args, pairs)
-    start = load_state(args, model, optimizer, run)["step"]
-    log = open_log(args.out, start)
+                                  eps=3e-4 if model.small else 1e-8, fused=True)
+    start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
         # 5. The loss and its gradient, part by part.
         batch = batches[step]
         seen = [torch.zeros(5, 0, device=model.device)]  # a process may have no part
-        for groups in share(split_batch([pairs[i] for i in batch], args.max_tokens)):
-            part = [batch[g] for g in groups]
+        for part in share(split_batch([pairs[i] for i in batch], args.max_tokens)):
+            part = [batch[b] for b in part]  # b pairs, as indices into all pairs
             sequences = [sequence for i in part for sequence in pairs[i]]
             logps, lengths = response_logps(model, sequences)  # (2b,) each
             chosen, rejected = logps.view(-1, 2).unbind(1)  # (2b,) -> (b, 2) -> (b,) each
@@ -460,68 +471,95 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step)
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+            run.save_state(step, model, optimizer)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         # 7. What to watch. At the first step all rewards are 0 but for rounding. So a gap below
         # 1e-4 counts as a tie, and a tie as wrong.
         seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)
-        names = "loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"
-        row = {"step": step + 1, "lr": lr, "grad_norm": norm}
-        row |= zip(names, seen.mean(1).tolist())
-        row["rewards/accuracy"] = float((seen[3] - seen[4] > 1e-4).float().mean())
-        log.write(json.dumps(row) + "\n")
+        loss, chosen, rejected, chosen_rewards, rejected_rewards = seen  # (B,) each
+        row = {
+            "step": step + 1,
+            "lr": lr,
+            "grad_norm": norm,
+            "loss": float(loss.mean()),
+            "logps/chosen": float(chosen.mean()),
+            "logps/rejected": float(rejected.mean()),
+            "rewards/chosen": float(chosen_rewards.mean()),
+            "rewards/rejected": float(rejected_rewards.mean()),
+            "rewards/accuracy": float((chosen_rewards - rejected_rewards > 1e-4).float().mean())}
+        run.log(row)
         progress.set_postfix(loss=row["loss"])
 
     # 8. Save, then compare with the reference, which is loaded again.
     save_model(model, tokenizer, args.out)
     reference, _ = load_model(args.model, device=args.device)
-    before, after, texts = evaluate(model, reference, tokenizer, test, held_out[:8], args)
-    samples = [{"prompt": prompt, "before": old, "after": new}
-               for prompt, old, new in zip(held_out, *texts)]
-    report(args.out, {"before": before, "after": after}, samples, panels=[
+    columns, samples = evaluate(model, reference, tokenizer, test, held_out[:8], args)
+    run.report(columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"],
         ["logps/chosen", "logps/rejected"]])
-    return after
+    return columns["after"]
 
 
-def parse_args(argv=None):
-    """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = {"lr": (9e-4, 3e-5, 1e-5), "batch_size": (40, 8, 32), "pairs": (5120, 160, None),
+            "samples": (128, 8, 8)}
+
+
+def make_parser(text, defaults):
+    """The flags that DPO shares with variants/kto.py."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; None: the toy task')
     flag("--out", default="runs/dpo", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--loss", default="dpo", choices=["dpo", "ipo", "rdpo"])
-    flag("--beta", type=float,
-         help="price of a nat of KL from the reference; 0.1 is usual with --data. For ipo its tau. "
-         "None: 0.5, ipo 0.1")
-    flag("--label_smoothing", type=float, default=0.0, help="dpo: share of labels held to be wrong")
-    flag("--alpha", type=float, default=0.05, help="rdpo: price of a token of response length")
-    flag("--lr", type=float,
-         help="peak learning rate; None: 7e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
-    flag("--epochs", type=int, default=1, help="passes over the pairs")
-    flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int,
-         help="pairs in an update; None: 40 below 10M parameters, else 32, in the toy 8")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
+    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(defaults["lr"]))
+    flag("--epochs", type=number(1), default=1, help="passes over the data")
+    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type=number(1),
+         help="examples in an update; " + by_size(defaults["batch_size"]))
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a training pass: bounds memory")
+    flag("--lora_rank", type=number(0), default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--pairs", type=int, help="toy: pairs to sample; None: 5120 below 10M parameters, or 160")
-    flag("--samples", type=int,
-         help="evaluation: samples for each of 8 prompts; None: 256 below 10M parameters, else 8")
-    flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
+    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
+    flag("--pairs", type=number(1),
+         help="toy: pairs to sample; " + by_size(defaults["pairs"]))
+    flag("--samples", type=number(1), help="evaluation: samples for each of 8 prompts; "
+         + by_size(defaults["samples"]))
+    flag("--save_every", type=number(1), default=100,
+         help="updates between saved states, for --resume")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = make_parser(__doc__, DEFAULTS)
+    flag = parser.add_argument
+    flag("--loss", default="dpo", choices=["dpo", "ipo", "rdpo"], help="what is minimised")
+    flag("--beta", type=number(0.0),
+         help="price of a nat of KL from the reference; 0.1 is usual with --data; None: 0.5. "
+         "With --loss ipo it is tau; None: 0.1")
+    flag("--label_smoothing", type=number(0.0, 1.0), default=0.0,
+         help="dpo: share of labels held to be wrong")
+    flag("--alpha", type=number(0.0), default=0.05,
+         help="rdpo: price of a token of response length")
     args = parser.parse_args(argv)
     if args.beta is None:
         args.beta = 0.1 if args.loss == "ipo" else 0.5
+    if args.loss == "ipo" and not args.beta:
+        fail("--beta 0: with --loss ipo it is tau, by which the loss divides")
+    for loss, name in (("dpo", "label_smoothing"), ("rdpo", "alpha")):
+        if args.loss != loss and getattr(args, name) != parser.get_default(name):
+            warnings.warn(f"--{name} has no effect with --loss {args.loss}")
     return args
 
 

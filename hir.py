@@ -23,7 +23,6 @@ L_con too. Samples are drawn at temperature 0.6 instead of 1. Only whole outputs
 
 import argparse
 import itertools
-import json
 import math
 import random
 import re
@@ -34,12 +33,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
+from model import (Run, add_to_prompt, by_size, fail, fill_defaults, launch, load_model, number,
+                   read_jsonl, read_row, save_model, split_by_prompt)
 
 # ------------------------------------------------------------------------- hindsight, and the loss
 # An instruction is a dictionary {requirement: value}, such as {"length": "short", "mood": "kind"}.
-# CHOICES, below, lists the values.
+# CHOICES, below, lists the values. `relabel` is called where samples are drawn, in
+# `sample_and_relabel`, and the loss in step 5 of `train`.
 
 
 def relabel(wanted, done):
@@ -250,7 +250,7 @@ def toy_done(review):
 
 def toy_warm_up(model, tokenizer, args):
     """A little SFT: teaches tiny to answer any instruction with a review, whatever it asks for."""
-    say(f"warm-up: {args.warm_up} steps of SFT on reviews under random instructions")
+    print(f"warm-up: {args.warm_up} steps of SFT on reviews under random instructions")
     rng = random.Random(f"{args.seed} warm-up")
     asked = toy_instructions(args.requirements, held_out=False)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -279,11 +279,8 @@ def in_words(instruction):
 
 def ask(problem, instruction):
     """The prompt: the instruction, and below it the problem, which is empty in the toy."""
-    words, prompt = in_words(instruction), problem["prompt"]
-    if isinstance(prompt, str):
-        return f"{words}\n{prompt}" if prompt else words
-    last = dict(prompt[-1], content=f"{words}\n{prompt[-1]['content']}")  # chat messages
-    return [*prompt[:-1], last]
+    words = in_words(instruction)
+    return add_to_prompt(problem["prompt"], before=f"{words}\n") if problem["prompt"] else words
 
 
 def observe(problem, text, ended):
@@ -307,17 +304,22 @@ def read_tasks(tokenizer, args, room):
         asked, new = (toy_instructions(args.requirements, held_out) for held_out in (False, True))
     usable = [problem for problem in problems if room >= max(
         len(tokenizer.encode_prompt(ask(problem, instruction))) for instruction in asked + new)]
-    say(f"{len(usable)} problems; left out: {len(problems) - len(usable)} that leave no room for "
-          "--max_new_tokens")
+    for problem in usable:
+        if args.data:  # as it would be learned: a chat template may write more than the answer
+            example = tokenizer.encode_example(problem["prompt"], problem["answer"], 10**9)
+            problem["answer"] = tokenizer.decode(example[1])
+    no_room = len(problems) - len(usable)
+    print(f"{len(usable)} problems" + bool(no_room) *
+          f"; {no_room} left out that leave no room for --max_new_tokens")
     if not usable:
         fail("no problem is left; use a lower --max_new_tokens")
     names, held_out = ("all", "held_out"), usable
     if args.data:
         names = ("correct", "wrong")
         usable, held_out, _ = split_by_prompt(usable)
-    groups = {name: list(itertools.product(held_out, instructions))
-              for name, instructions in zip(names, (asked, new)) if instructions}
-    return list(itertools.product(usable, asked)), groups
+    sets = {name: list(itertools.product(held_out, instructions))
+            for name, instructions in zip(names, (asked, new)) if instructions}
+    return list(itertools.product(usable, asked)), sets
 
 
 def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
@@ -337,19 +339,21 @@ def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
     return samples
 
 
-def evaluate(model, tokenizer, groups, args, feedback=""):
-    """The share of instructions that are followed, for each group of tasks."""
-    metrics = {}
-    for name, tasks in groups.items():
+def evaluate(name, model, tokenizer, sets, args, feedback=""):
+    """{name: the share of instructions that are followed, for each set of tasks}, and samples."""
+    metrics, shown = {}, []
+    for kind, tasks in sets.items():
         tasks = (tasks * args.samples)[:args.samples]
         samples = sample_and_relabel(model, tokenizer, tasks, args.seed, args, feedback)
-        metrics[f"followed/{name}"] = fmean(obeyed == wanted for _, wanted, obeyed, _ in samples)
-        if name == "all":  # the toy: how often is each requirement met, whatever else is?
+        metrics[f"followed/{kind}"] = fmean(obeyed == wanted for _, wanted, obeyed, _ in samples)
+        if kind == "all":  # the toy: how often is each requirement met, whatever else is?
             for key in tasks[0][1]:
                 metrics[f"followed/{key}"] = fmean(
                     obeyed.get(key) == wanted[key] for _, wanted, obeyed, _ in samples)
             metrics["samples/reviews"] = fmean(bool(obeyed) for _, _, obeyed, _ in samples)
-    return metrics
+        shown += [{"asked": ask(problem, wanted), name: tokenizer.decode(output)}
+                  for problem, wanted, _, output in samples[:4]]
+    return {name: metrics}, shown
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -363,31 +367,27 @@ def schedule(step, steps, warmup=0.1):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    if args.algo == "farl":
-        args.alternatives, args.beta = 0, 0.0  # filtered cloning has L_sup alone
-    open_folder(args)
+    run = Run(args)
 
     # 1. The model, and the tasks. The toy begins with a warm-up.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 4e-3 if model.small else 1e-5
+    fill_defaults(args, DEFAULTS, model.small)
     room = tokenizer.context - args.max_new_tokens
-    tasks, groups = read_tasks(tokenizer, args, room)
-    run = fingerprint(args, tasks)
+    tasks, sets = read_tasks(tokenizer, args, room)
     if not args.data:
         toy_warm_up(model, tokenizer, args)
-    before = evaluate(model, tokenizer, groups, args)
+    before, _ = evaluate("before", model, tokenizer, sets, args)
 
     # 2. An episode is `count` samples and K updates. A batch is drawn from all samples so far.
+    # Filtered cloning (FARL) has L_sup alone, so it needs no alternatives.
     count = args.rounds * args.batch_size
-    K = math.ceil(args.epochs * args.rounds)
+    K = math.ceil(args.updates_per_round * args.rounds)
     steps = args.episodes * K
+    others, beta = (args.alternatives, args.beta) if args.algo == "hir" else (0, 0.0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    state = load_state(args, model, optimizer, run, online=[])
+    state = run.load_state(model, optimizer, online=[])
     start, online = state["step"], state["online"]
-    log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
@@ -407,7 +407,7 @@ def train(args):
         # then, for the contrast, with alternatives that it does not obey.
         rng, batch = random.Random(f"{args.seed} {step}"), []
         for problem, wanted, obeyed, output in rng.choices(examples, k=args.batch_size):
-            instructions = [obeyed, *alternatives(obeyed, wanted, args.alternatives, rng)]  # C
+            instructions = [obeyed, *alternatives(obeyed, wanted, others, rng)]  # C
             batch.append([(tokenizer.encode_prompt(ask(problem, instruction)), output)
                           for instruction in instructions])
         if step == 0:
@@ -419,7 +419,7 @@ def train(args):
             sequences = [sequence for g in part for sequence in batch[g]]
             logps, entropy, vocabulary_logps = (
                 x.view(len(part), -1) for x in output_statistics(model, sequences))  # (b, C) each
-            loss = hir_loss(logps, entropy[:, 0], args.alpha, args.beta, args.label_smoothing,
+            loss = hir_loss(logps, entropy[:, 0], args.alpha, beta, args.label_smoothing,
                             vocabulary_logps[:, 0])  # (b,)
             (loss.sum() / len(batch)).backward()
             right = (logps[:, :1] > logps[:, 1:]).all(1)  # (b, 1) > (b, C-1) -> (b,)
@@ -431,66 +431,93 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step, online=online)
+            run.save_state(step, model, optimizer, online=online)
         # With a shorter warm-up some seeds never learn to read the topic.
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps, warmup=0.25)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps, warmup=0.25)
         optimizer.step()
         optimizer.zero_grad()
 
         # 7. What to watch. contrast/accuracy: how often is an output most likely under the
         # instruction that it obeys? Ties count as wrong. Without alternatives it is 1.
-        names = "loss", "entropy", "logps/obeyed", "contrast/accuracy"
-        row = {"step": step + 1, "lr": lr, "grad_norm": norm}
-        row |= zip(names, seen.mean(1).tolist())
-        row["online/followed"] = fmean(example[1] == example[2] for example in online[-count:])
-        row["online/used"] = len(examples) / len(online)
-        log.write(json.dumps(row) + "\n")
+        loss, entropy, logps, right = seen.mean(1).tolist()
+        row = {
+            "step": step + 1,
+            "lr": lr,
+            "grad_norm": norm,
+            "loss": loss,
+            "entropy": entropy,
+            "logps/obeyed": logps,
+            "contrast/accuracy": right,
+            "online/followed": fmean(example[1] == example[2] for example in online[-count:]),
+            "online/used": len(examples) / len(online)}
+        run.log(row)
         progress.set_postfix(loss=f"{row['loss']:.3f}", followed=f"{row['online/followed']:.2f}")
 
     # 8. Save, then evaluate again.
     save_model(model, tokenizer, args.out)
-    after = evaluate(model, tokenizer, groups, args)
+    after, _ = evaluate("after", model, tokenizer, sets, args)
     samples = [{"asked": ask(problem, wanted), "wrote": tokenizer.decode(output),
                 "hindsight": in_words(obeyed)}  # two of the first episode, then some of the last
                for problem, wanted, obeyed, output in online[:2] + online[-14:]]
-    report(args.out, {"before": before, "after": after}, samples, panels=[
+    run.report(before | after, samples, panels=[
         ["online/followed", "online/used"], ["loss"], ["contrast/accuracy"]])
-    return after
+    return after["after"]
 
 
-def parse_args(argv=None):
-    """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = {"lr": (4e-3, 1e-5, 1e-5)}
+
+
+def make_parser(text):
+    """The flags that HIR shares with variants/chain_of_hindsight.py."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
     flag("--out", default="runs/hir", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--algo", default="hir", choices=["hir", "farl"], help="farl: imitate only successes")
-    flag("--alpha", type=float, default=1.0, help="weight of the contrast between instructions")
-    flag("--beta", type=float, default=0.001, help="weight of the entropy, for diverse outputs")
-    flag("--label_smoothing", type=float, default=0.2, help="probability that the loss spreads "
-         "over other tokens and other instructions")
-    flag("--alternatives", type=int, default=1, help="wrong instructions beside the right one")
-    flag("--temperature", type=float, default=0.6, help="of the samples; at temperature 1, label "
-         "smoothing 0.2 makes every fifth token random, and the next episode trains on that")
-    flag("--episodes", type=int, default=8, help="times that samples are drawn and learned from")
-    flag("--rounds", type=int, default=8, help="batches of samples in an episode")
-    flag("--epochs", type=float, default=5.0,
-         help="updates of an episode, as passes over so many samples as it has")
-    flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
-    flag("--batch_size", type=int, default=32, help="outputs in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
+    flag("--label_smoothing", type=number(0.0, 1.0), default=0.2,
+         help="probability that the loss spreads over other tokens and other instructions")
+    flag("--temperature", type=number(0.0), default=0.6, help="of the samples; at temperature 1, "
+         "label smoothing 0.2 makes every fifth token random, and the next episode trains on that")
+    flag("--episodes", type=number(1), default=8,
+         help="times that samples are drawn and learned from")
+    flag("--rounds", type=number(1), default=8, help="batches of samples in an episode")
+    flag("--updates_per_round", type=number(0.01), default=5.0,
+         help="an episode makes this many updates for each of its --rounds")
+    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
+    flag("--batch_size", type=number(1), default=32, help="outputs in an update")
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a training pass: bounds memory")
+    flag("--lora_rank", type=number(0), default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--samples", type=int, default=400, help="evaluation: samples for each group of tasks")
+    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
+    flag("--samples", type=number(1), default=400,
+         help="evaluation: samples for each set of tasks")
     flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: an instruction asks "
          "for a length; and a mood; and a topic")
-    flag("--warm_up", type=int, default=60, help="toy: steps of SFT before the first episode")
-    flag("--save_every", type=int, default=50, help="updates between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--warm_up", type=number(0), default=60,
+         help="toy: steps of SFT before the first episode")
+    flag("--save_every", type=number(1), default=50,
+         help="updates between saved states, for --resume")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = make_parser(__doc__)
+    flag = parser.add_argument
+    flag("--algo", default="hir", choices=["hir", "farl"], help="farl: imitate only successes, "
+         "without the contrast and the entropy")
+    flag("--alpha", type=number(0.0), default=1.0,
+         help="weight of the contrast between instructions")
+    flag("--beta", type=number(0.0), default=0.001,
+         help="weight of the entropy, for diverse outputs")
+    flag("--alternatives", type=number(0), default=1,
+         help="wrong instructions beside the right one")
     return parser.parse_args(argv)
 
 

@@ -1,21 +1,24 @@
-"""Load and save: models, tokenizers, LoRA adapters, data files, and what a run leaves behind.
+"""What the scripts share: models, tokenizers, LoRA, rows of data files, and the folder of a run.
 
-This is the only file that the scripts share. Nothing in it is an alignment algorithm.
+No alignment algorithm is in this file. To copy a script into a project of your own, put your model,
+tokenizer and logger in the place of these:
 
     model, tokenizer = load_model("tiny")       # or a folder, or a hub id such as "gpt2"
     save_model(model, tokenizer, "runs/mine")   # AutoModelForCausalLM.from_pretrained loads that
+    run = Run(args)                             # args.json, metrics.jsonl, --resume, the last table
 
 No code from a hub is ever run.
 """
 
-import hashlib
 import json
+import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
+import warnings
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,13 +38,16 @@ TINY = Path(__file__).resolve().with_name("tiny")
 LORA_ALPHA = 16
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # number of this process; 0 prints and saves
-LOCKS = []  # open files; closing one would end its lock
-# Two tokenizers are compared on this text: contractions, digits, spaces, accents, scripts, emoji.
-PROBE = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
-         "they'll see...\n")
+READ = []  # [what, checksum] of each model and data file that this run has read
+
+
+def one_line(message, *_):
+    return f"warning: {printable(' '.join(str(message).split()))}\n"
+
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+warnings.formatwarning = one_line  # each text is shown once
 if hasattr(sys.stdout, "reconfigure"):  # what the console cannot show is "?"
     sys.stdout.reconfigure(errors="replace")
 
@@ -54,17 +60,190 @@ def fail(*messages):
     raise SystemExit(2)
 
 
-def say(*texts):
-    """Print. If the reader has closed the pipe ("| head -1"), go on in silence."""
-    try:
-        print(*texts, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def printable(text):
     """The text without control characters, which could move the cursor or clear the screen."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # all but tab and newline
+
+
+# -------------------------------------------------------------------------------------- models
+
+
+def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
+    """Load a decoder-only model and its tokenizer, with fp32 weights.
+
+    name: "tiny" (the embedded model), a folder, or a hub id. A folder with config and tokenizer but
+        no weights gives random weights and a warning.
+    head: "lm", or "reward" for a sequence-classification model with one label.
+    lora_rank: if above 0, only LoRA adapters (and a reward head) are trained.
+    Returns (model, Tokenizer). Ends with one line and exit code 2 if the model cannot be used.
+    """
+    folder = TINY if name == "tiny" else name
+    auto = AutoModelForSequenceClassification if head == "reward" else AutoModelForCausalLM
+    torch.manual_seed(0)  # new weights (a reward head, adapters) are the same in each run
+    info = {"missing_keys": (), "unexpected_keys": set(), "mismatched_keys": ()}
+    try:
+        tokenizer = Tokenizer(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if head == "reward":  # without a padding token: transformers then scores the last token
+            config.num_labels, config.pad_token_id = 1, None
+        activation = getattr(config, "activation_function", None)
+        if activation == "gelu_new":  # the same function as one kernel: 40 % less memory
+            config.activation_function = "gelu_pytorch_tanh"
+        if Path(folder).is_dir() and not list(Path(folder).glob("*.safetensors")):
+            if list(Path(folder).glob("*.bin")):
+                fail(f"{name}: only pickled weights, which can run code; convert to safetensors")
+            warnings.warn(f"{name} holds no weights, so they are random")
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        else:
+            model, info = auto.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        if activation:
+            model.config.activation_function = activation  # what is saved names what was loaded
+    except Exception as error:  # transformers raises many kinds
+        fail(f"{name}: cannot load this model; give a folder with all its files, or a hub id that "
+             f"can be reached ({type(error).__name__}: {str(error)[:300]})")
+    check_weights(model, name, info)
+    try:
+        # Without eval() dropout would give two passes of one model different log-probs.
+        model = model.eval().to(device)
+    except (AssertionError, RuntimeError) as error:
+        fail(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})")
+    tokenizer.size = model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_id >= tokenizer.size:
+        fail(f"{name}: the model has no embedding for its tokenizer's EOS, so no response could "
+             "end; take the tokenizer that belongs to the model")
+    check_model(model, name, tokenizer.size)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.context = positions or tokenizer.context
+    model.small = model.num_parameters() < 1e7  # tiny, or trained from it: it has seen only toys
+    if head == "lm":
+        stops = model.generation_config.eos_token_id  # None, one id, or a list
+        stops = set(stops if isinstance(stops, list) else [stops])
+        # Some configs name an id of another tokenizer, where an ordinary word stands in this one.
+        tokenizer.stop_ids |= stops & set(tokenizer.transformers.added_tokens_decoder)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_weights(model, name, info):
+    """End with one line if weights are missing, broken, or of another kind of model."""
+    saved_as_reward = "SequenceClassification" in str(model.config.architectures)
+    if "SequenceClassification" in type(model).__name__ and not hasattr(model, "score"):
+        fail(f"{name}: {type(model).__name__} has no score layer that the scripts find")
+    if saved_as_reward and not hasattr(model, "score"):
+        fail(f"{name}: this is a reward model, and a language model is needed")
+    for weight, saved, expected in info["mismatched_keys"]:
+        fail(f"{name}: {weight} is {tuple(saved)} in its weights, and has to be {tuple(expected)}; "
+             "see config.json (a reward is one number)")
+    missing = sorted(info["missing_keys"])
+    if missing and (missing != ["score.weight"] or saved_as_reward):
+        fail(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more")
+    unused = info["unexpected_keys"] - {"lm_head.weight", "score.weight"}
+    if unused:
+        warnings.warn(f"{name}: {len(unused)} of its weights are not used, such as {min(unused)}; "
+                      "does config.json belong to them?")
+    check_finite(model, f"{name}: its weights hold NaN or infinity; it was saved broken")
+    checksum = 0
+    for weight in model.parameters():
+        checksum = zlib.crc32(weight.contiguous().numpy(), checksum)
+    READ.append([f"the weights of {name}", checksum])
+    if missing:  # a new reward head, as in Stiennon et al. 2020
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+
+
+@torch.no_grad()
+def check_model(model, name, size):
+    """End with one line if the scripts would compute wrong log-probs with this model."""
+    ids = torch.arange(8, device=model.device)[None] % size
+    head = getattr(model, "score", None) or model.get_output_embeddings()
+    head.weight.mul_(1024)  # large logits, so that soft-capping shows
+    logits = model(input_ids=ids).logits  # (1, 8, V)
+    hidden, shorter = (model.base_model(input_ids=ids[:, :T]).last_hidden_state for T in (8, 7))
+    product = hidden @ head.weight.T  # (1, 8, V)
+    head.weight.div_(1024)  # exact, as 1024 is a power of two
+    if not torch.allclose(hidden[:, :7], shorter, atol=1e-2 * float(hidden.std())):
+        fail(f"{name}: in {type(model).__name__} a token sees those behind it, so it would see the "
+             "answer; take a model with causal attention")
+    if head is not getattr(model, "score", None) and not torch.allclose(
+            logits, product, atol=1e-3 * float(product.std())):
+        fail(f"{name}: {type(model).__name__} does more between its hidden states and its "
+             "logits than one matrix product (a bias, scaling, soft-capping): not supported")
+
+
+def check_finite(model, message):
+    """End with this message if a weight is NaN or infinite."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        fail(message)
+
+
+def save_model(model, tokenizer, folder):
+    """Write the model (adapters merged) and the tokenizer as plain transformers loads them."""
+    check_finite(model, "training diverged: weights are NaN or infinite; use a lower --lr")
+    if dist.is_initialized():  # from here on rank 0 works alone
+        dist.destroy_process_group()
+        if RANK:
+            raise SystemExit(0)
+    merge_lora(model)
+    # Files of an older model here would be taken for parts of this one.
+    old = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|chat_template\.jinja"
+    for path in Path(folder).iterdir():
+        if re.fullmatch(old, path.name):
+            path.unlink()
+    model.save_pretrained(folder)
+    tokenizer.transformers.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------- LoRA
+
+
+class LoRA(nn.Module):
+    """An adapter: adds (alpha / r) B A x to the output W0 x of a layer (Hu et al. 2021, Eq. 3).
+
+    B starts at zero, so the model computes at first what it computed before.
+    """
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        d_out, d_in = weight.shape
+        self.scale = LORA_ALPHA / rank
+        self.A = nn.Parameter(torch.randn(rank, d_in).to(weight) * d_in**-0.5)
+        self.B = nn.Parameter(weight.new_zeros(d_out, rank))
+
+    def forward(self, layer, inputs, output):
+        return output + self.scale * (inputs[0] @ self.A.T) @ self.B.T
+
+
+def add_lora(model, rank):
+    """Freeze the model and give each linear layer of its blocks an adapter."""
+    model.requires_grad_(False)
+    total = model.base_model.num_parameters(exclude_embeddings=True)
+    adapted = 0
+    for layer in list(model.base_model.modules()):
+        if isinstance(layer, (nn.Linear, Conv1D)):
+            layer.lora = LoRA(weight_of(layer), rank)
+            layer.hook = layer.register_forward_hook(layer.lora)  # called after the layer
+            adapted += layer.weight.numel()
+    print(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add the adapters to the weights of their layers, and remove them."""
+    for layer in list(model.modules()):
+        if hasattr(layer, "lora"):
+            weight_of(layer).add_(layer.lora.scale * layer.lora.B @ layer.lora.A)  # (d_out, d_in)
+            layer.hook.remove()
+            del layer.lora, layer.hook
+
+
+def weight_of(layer):
+    """The weight of a linear layer, (d_out, d_in). GPT-2's Conv1D stores it transposed."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 # ---------------------------------------------------------------------------------- tokenizers
@@ -73,20 +252,28 @@ def printable(text):
 class Tokenizer:
     """A transformers tokenizer; where the vocabulary is GPT-2's kind, tiktoken does the encoding.
 
-    A prompt is a text, or a list of chat messages that the model's chat template renders. In a text
-    "<|endoftext|>" is encoded letter by letter; in a message it may become the control token.
+    A prompt is a text, or a list of chat messages that the model's chat template renders, or such a
+    list with tools: {"messages", "tools"}. A response is a text, or a message of the assistant. In
+    a text "<|endoftext|>" is encoded letter by letter; the template writes control tokens.
     """
 
     def __init__(self, folder):
-        self.transformers = AutoTokenizer.from_pretrained(folder)
+        self.transformers = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.tiktoken = gpt2_encoding(self.transformers)
+        added = self.transformers.added_tokens_decoder
+        self.hidden = {chr(0x10F000 + i): token.content  # control tokens, see `hide`
+                       for i, token in enumerate(added.values()) if token.special}
+        if not self.encode("a"):
+            fail(f"{folder}: its tokenizer files are missing; put them into the folder")
         self.eos_id = self.transformers.eos_token_id
+        if self.eos_id is None:
+            fail(f"{folder}: its tokenizer has no EOS token, so no response could end; set "
+                 "eos_token in tokenizer_config.json")
         bos = self.transformers.bos_token_id  # not every tokenizer puts it before a text
         self.bos_id = bos if bos in self.transformers.encode("a")[:1] else None
         self.stop_ids = {self.eos_id} | self.end_of_turn()  # load_model adds the model's own
         self.context = 1024  # positions of the model; load_model sets it
         self.size = 10**9  # rows of the model's embedding; load_model sets it
-        self.notes = set()  # warnings that have been printed
 
     def end_of_turn(self):
         """The control token that the chat template writes after a reply: {id}, or an empty set."""
@@ -101,22 +288,41 @@ class Tokenizer:
         """Token ids of a text. control: whether "<|endoftext|>" in it becomes the control token."""
         if self.tiktoken and not control:
             return self.tiktoken.encode_ordinary(text)
-        return self.transformers.encode(text, add_special_tokens=False,
-                                        split_special_tokens=not control)
+        ids = []
+        for piece in re.split("([\U0010f000-\U0010ffff])", text):
+            letters = self.hidden.get(piece)
+            ids += self.transformers.encode(letters or piece, add_special_tokens=False,
+                                            split_special_tokens=not control or bool(letters))
+        return ids
+
+    def hide(self, message):
+        """The message with a private character for each control token that its content spells.
+
+        A person who writes "<|im_end|>" must not end a turn: `encode` reads the letters.
+        """
+        content = message.get("content") or ""
+        for character, token in self.hidden.items():
+            content = content.replace(token, character)
+        return message | {"content": content}
 
     def render(self, prompt, response=None):
         """The text of a prompt, ready for its response, or with the response."""
         if isinstance(prompt, str):
             return prompt + (response or "")
+        tools = None
+        if isinstance(prompt, dict):
+            prompt, tools = prompt["messages"], prompt["tools"]
         begun = prompt[-1]["role"] == "assistant"  # the prompt ends with the start of the reply
-        template = self.transformers.apply_chat_template
-        if response is None:
-            return template(prompt, tokenize=False, add_generation_prompt=not begun,
-                            continue_final_message=begun)
-        if begun:
-            *prompt, start = prompt
-            response = start["content"] + response
-        return template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+        more = {"add_generation_prompt": not begun, "continue_final_message": begun}
+        if response is not None:
+            if isinstance(response, str):
+                response = {"role": "assistant", "content": response}
+            if begun:
+                *prompt, start = prompt
+                response = response | {"content": start["content"] + response["content"]}
+            prompt, more = [*prompt, response], {}
+        return self.transformers.apply_chat_template(
+            [self.hide(message) for message in prompt], tools=tools, tokenize=False, **more)
 
     def encode_prompt(self, prompt, response=None):
         """Token ids of a prompt, ready for its response, or with it. An empty text becomes EOS."""
@@ -154,212 +360,43 @@ class Tokenizer:
         return (ids, rest[:min(length, left)]) if left >= room else None
 
     def decode(self, ids, whole=False):
-        """The text of a response; control tokens, such as the EOS at its end, are left out.
+        """The text of a response without the stop token at its end.
 
         whole: if the response was cut, drop its last, unfinished sentence.
         """
-        kept = [token for token in ids if token not in self.stop_ids]
+        cut = not ids or ids[-1] not in self.stop_ids
+        kept = ids if cut else ids[:-1]
         # SentencePiece drops a leading space. So an "a" is decoded in front, and then removed.
-        text = self.transformers.decode([*self.encode("a"), *kept], skip_special_tokens=True,
+        text = self.transformers.decode([*self.encode("a"), *kept],
                                         clean_up_tokenization_spaces=False)[1:]
-        if whole and kept == ids:  # it has no stop token, so it was cut
-            text = text[:text.rfind(".") + 1]
+        if whole and cut:  # ends of sentences in Latin, Chinese, Hindi, Arabic and Armenian script
+            text = text[:max(text.rfind(end) for end in ".!?…。！？।؟۔։") + 1]
         return text
 
     def show(self, prompt, response):
         """Print an example: its prompt, and the tokens of its response."""
-        say("prompt    :", repr(self.transformers.decode(prompt)))
-        say("response  :", [self.transformers.decode([i]) for i in response])
-
-    def note(self, text, where=""):
-        """Print a warning, once."""
-        if text not in self.notes and not RANK:
-            print("warning:", printable(where + text), file=sys.stderr)
-            self.notes.add(text)
+        print("prompt    :", repr(self.transformers.decode(prompt)))
+        print("response  :", [self.transformers.decode([i]) for i in response])
 
 
 def gpt2_encoding(tokenizer):
     """A tiktoken encoding that equals a tokenizer of GPT-2's kind; None for all other kinds."""
     byte = {character: b for b, character in bytes_to_unicode().items()}  # how GPT-2 spells bytes
+    # Contractions, digits, spaces, accents, scripts and emoji, on which the two are compared.
+    probe = ("I'd say it's  a test:\n\n\tin 2024, 1234567 naïve cafés — 漢字 🙂   "
+             "they'll see...\n")
+    if not all(token.special for token in tokenizer.added_tokens_decoder.values()):
+        return None  # a word that was added to the vocabulary is not spelled by merges
     try:
         ranks = {bytes(byte[c] for c in token): i for token, i in tokenizer.get_vocab().items()
-                 if i not in tokenizer.all_special_ids}
+                 if i not in tokenizer.added_tokens_decoder}
         encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                      special_tokens={})
-        if encoding.encode_ordinary(PROBE) == tokenizer.encode(PROBE, add_special_tokens=False):
+        if encoding.encode_ordinary(probe) == tokenizer.encode(probe, add_special_tokens=False):
             return encoding
     except (KeyError, ValueError):  # a token that is not made of GPT-2's bytes
         pass
     return None
-
-
-# -------------------------------------------------------------------------------------- models
-
-
-def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
-    """Load a decoder-only model and its tokenizer, with fp32 weights.
-
-    name: "tiny" (the embedded model), a folder, or a hub id. A folder with config and tokenizer but
-        no weights gives random weights and a warning.
-    head: "lm", or "reward" for a sequence-classification model with one label.
-    lora_rank: if above 0, only LoRA adapters (and a reward head) are trained.
-    Returns (model, Tokenizer). Ends with one line and exit code 2 if the model cannot be used.
-    """
-    folder = TINY if name == "tiny" else name
-    auto = AutoModelForSequenceClassification if head == "reward" else AutoModelForCausalLM
-    torch.manual_seed(0)  # new weights (a reward head, adapters) are the same in each run
-    try:
-        tokenizer = Tokenizer(folder)
-        config = AutoConfig.from_pretrained(folder)
-        if type(config) not in auto._model_mapping:
-            fail(f"{name}: transformers has no {auto.__name__[4:]} for a {config.model_type}, so "
-                 "this script cannot use it; take a decoder-only language model of another kind")
-        if head == "reward":  # without a padding token: transformers then scores the last token
-            config.num_labels, config.pad_token_id = 1, None
-        activation = getattr(config, "activation_function", None)
-        if activation == "gelu_new":  # the same function as one kernel: 40 % less memory
-            config.activation_function = "gelu_pytorch_tanh"
-        endings = {path.suffix for path in Path(folder).glob("*")}  # empty for a hub id
-        if endings and ".safetensors" not in endings:
-            if ".bin" in endings:
-                fail(f"{name}: only pickled weights, which can run code; convert to safetensors")
-            tokenizer.note(f"{name} holds no weights, so they are random")
-            model, missing = auto.from_config(config, dtype=torch.float32), []
-        else:
-            model, info = auto.from_pretrained(
-                folder, config=config, dtype=torch.float32, use_safetensors=True,
-                output_loading_info=True, ignore_mismatched_sizes=True)
-            missing = sorted(info["missing_keys"])
-            for weight, saved, expected in sorted(info["mismatched_keys"]):
-                reason = "a reward is one number" if weight == "score.weight" else "see config.json"
-                fail(f"{name}: {weight} is {tuple(saved)} in its weights, and has to be "
-                     f"{tuple(expected)}: {reason}")
-        if activation:
-            model.config.activation_function = activation  # what is saved names what was loaded
-        # Without eval() dropout would give two passes of one model different log-probs.
-        model = model.eval().to(device)
-    except Exception as error:  # transformers raises many kinds
-        fail(f"{name}: cannot load this model; give a folder with all its files, or a hub id that "
-             f"can be reached ({type(error).__name__}: {str(error)[:300]})")
-    check_model(model, tokenizer, name, missing)
-    if missing:  # a new reward head, as in Stiennon et al. 2020
-        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    if lora_rank:
-        add_lora(model, lora_rank)
-    tokenizer.size = model.get_input_embeddings().num_embeddings
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    tokenizer.context = positions or tokenizer.context
-    model.small = model.num_parameters() < 1e7  # tiny, or trained from it: it has seen only toys
-    if head == "lm":
-        stops = model.generation_config.eos_token_id  # None, one id, or a list
-        tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops])
-    return model, tokenizer
-
-
-@torch.no_grad()
-def check_model(model, tokenizer, name, missing):
-    """End with one line if the scripts cannot use this model. missing: weights its files lack."""
-    saved_as_reward = "SequenceClassification" in str(model.config.architectures)
-    if "SequenceClassification" in type(model).__name__ and not hasattr(model, "score"):
-        fail(f"{name}: {type(model).__name__} is no decoder-only model with a score layer")
-    if saved_as_reward and not hasattr(model, "score"):
-        fail(f"{name}: this is a reward model, and a language model is needed")
-    if missing and (missing != ["score.weight"] or saved_as_reward):
-        fail(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more")
-    if not tokenizer.encode("a"):
-        fail(f"{name}: its tokenizer files are missing; put them into the folder")
-    if tokenizer.eos_id is None:
-        fail(f"{name}: its tokenizer has no EOS token, so no response could end; set eos_token in "
-             "tokenizer_config.json")
-    check_finite(model, f"{name}: its weights hold NaN or infinity; it was saved broken")
-    if not hasattr(model, "score"):
-        head, ids = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
-        head.weight.mul_(1024)  # large logits, so that soft-capping shows
-        hidden = model.base_model(input_ids=ids).get("last_hidden_state")  # (1, 8, D)
-        if hidden is None:
-            fail(f"{name}: the scripts do not find the hidden states of {type(model).__name__}")
-        logits, product = model(input_ids=ids).logits, hidden @ head.weight.T  # (1, 8, V)
-        head.weight.div_(1024)  # exact, as 1024 is a power of two
-        if not torch.allclose(logits, product, atol=1e-3 * float(product.std())):
-            fail(f"{name}: {type(model).__name__} does more between its hidden states and its "
-                 "logits than one matrix product (a bias, scaling, soft-capping): not supported")
-
-
-def check_finite(model, message):
-    """End with this message if a weight is NaN or infinite."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        fail(message)
-
-
-def save_model(model, tokenizer, folder):
-    """Write the model (adapters merged) and the tokenizer as plain transformers loads them.
-
-    The files are written into a folder beside and moved into place one by one, the weights last.
-    """
-    check_finite(model, "training diverged: weights are NaN or infinite; use a lower --lr")
-    if dist.is_initialized():  # from here on rank 0 works alone
-        dist.destroy_process_group()
-        if RANK:
-            raise SystemExit(0)
-    merge_lora(model)
-    new = Path(folder) / "model.new"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.transformers.save_pretrained(new)
-    Path(folder, "chat_template.jinja").unlink(missing_ok=True)  # that of an older model
-    for path in sorted(new.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        path.replace(Path(folder, path.name))
-    new.rmdir()
-
-
-# ---------------------------------------------------------------------------------------- LoRA
-
-
-class LoRA(nn.Module):
-    """An adapter: adds (alpha / r) B A x to the output W0 x of a layer (Hu et al. 2021, Eq. 3).
-
-    B starts at zero, so the model computes at first what it computed before.
-    """
-
-    def __init__(self, weight, rank):
-        super().__init__()
-        d_out, d_in = weight.shape
-        self.scale = LORA_ALPHA / rank
-        self.A = nn.Parameter(torch.randn(rank, d_in).to(weight) * d_in**-0.5)
-        self.B = nn.Parameter(weight.new_zeros(d_out, rank))
-
-    def forward(self, layer, inputs, output):
-        return output + self.scale * (inputs[0] @ self.A.T) @ self.B.T
-
-
-def add_lora(model, rank):
-    """Freeze the model and give each linear layer of its blocks an adapter."""
-    model.requires_grad_(False)
-    total = model.base_model.num_parameters(exclude_embeddings=True)
-    adapted = 0
-    for layer in list(model.base_model.modules()):
-        if isinstance(layer, (nn.Linear, Conv1D)):
-            layer.lora = LoRA(weight_of(layer), rank)
-            layer.hook = layer.register_forward_hook(layer.lora)  # called after the layer
-            adapted += layer.weight.numel()
-    say(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
-    if hasattr(model, "score"):
-        model.score.requires_grad_(True)
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Add the adapters to the weights of their layers, and remove them."""
-    for layer in list(model.modules()):
-        if hasattr(layer, "lora"):
-            weight_of(layer).add_(layer.lora.scale * layer.lora.B @ layer.lora.A)  # (d_out, d_in)
-            layer.hook.remove()
-            del layer.lora, layer.hook
-
-
-def weight_of(layer):
-    """The weight of a linear layer, (d_out, d_in). GPT-2's Conv1D stores it transposed."""
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 # --------------------------------------------------------------------------------- data files
@@ -378,84 +415,96 @@ def read_jsonl(path):
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
+                if re.search(r"\\u[dD]", line):  # perhaps half an emoji, which no tokenizer takes
+                    raw = json.dumps(json.loads(line), ensure_ascii=False)
+                    line = raw.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                    if line != raw:
+                        warnings.warn(f"{path}: holds halves of characters, which become \ufffd")
                 rows.append(json.loads(line) | {"where": f"{path}:{number}"})
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 fail(f"{path}:{number}: not a JSON object ({error}); write one object on each line")
+    READ.append([f"the rows of {path}", zlib.crc32(text.strip().encode())])
     return rows or fail(f"{path}: no rows in this file")
 
 
-OTHER_FORMATS = {  # what rows of other tools have, and what to do with it
-    "instruction": 'rename "instruction" to "prompt" and "output" to "completion"',
-    "conversations": 'rename "conversations" to "messages", "from" to "role" (user or assistant) '
-                     'and "value" to "content"',
-    "messages": 'only sft.py reads "messages"; elsewhere those before the reply are the "prompt"',
-    "text": 'split each "text" into a prompt and a response'}
-
-
-def get_text(row, key):
-    """row[key], which has to be a text."""
-    if isinstance(row.get(key), str):
-        return row[key]
+def check_text(row, key):
+    """row[key], which has to be a text or a list of chat messages; ends with one line if not."""
+    value, found = row.get(key), "missing"
     if key in row:
-        fail(f'{row["where"]}: "{key}" is not a text, but {json.dumps(row[key])[:80]}')
-    remedies = [OTHER_FORMATS[name] for name in OTHER_FORMATS if name in row]
-    if "\n\nHuman:" in str(row.get("chosen")):
-        remedies = ['"chosen" is a transcript of Human and Assistant; split it behind its last '
-                    '"Assistant:", and what is before is the "prompt"']
-    names = [name for name in row if name != "where"]
-    fail(f'{row["where"]}: "{key}" is missing; this row has {names}', *remedies)
-
-
-def get_messages(row, key):
-    """row[key], which has to be a list of chat messages."""
-    for message in row[key]:
-        if not (isinstance(message, dict) and "role" in message
-                and isinstance(message.get("content"), str)):
-            fail(f'{row["where"]}: each message in "{key}" needs a "role" and a "content" that is '
-                 f"a text; this one is {json.dumps(message)[:80]}")
-    return row[key] or fail(f'{row["where"]}: "{key}" is an empty list')
+        found = json.dumps(value)[:80]
+    if isinstance(value, list) and value:
+        odd = [x for x in value if not isinstance(x, dict) or not isinstance(x.get("role"), str)
+               or not isinstance(x.get("content", ""), str) and not x.get("tool_calls")]
+        found = json.dumps(odd[0])[:80] if odd else None
+    if found and not isinstance(value, str):
+        fail(f'{row["where"]}: "{key}" has to be a text, or a list of messages with "role" and '
+             f'"content"; this one is {found}; the row has {[x for x in row if x != "where"]}; '
+             "docs/real_models.md shows which rows are read")
+    return value
 
 
 def read_row(row, tokenizer, *keys):
-    """The row with its "prompt" as a text or chat messages, and with a text for each of `keys`.
+    """The row with its "prompt" as Tokenizer takes it, and with a response for each of `keys`.
 
-    A response may also be a message of the assistant, or a conversation that ends with one: then
-    the messages before it are the prompt.
+    In a file a response may also be a list of messages that ends with it; those before it are the
+    prompt. A reply that has more than role and content, such as tool calls, stays a message.
     """
-    row, prompt, prompts = dict(row), row.get("prompt"), []
+    row, prompts = dict(row), []
     for key in keys:
-        if isinstance(row.get(key), list):
-            *before, reply = get_messages(row, key)
+        if isinstance(check_text(row, key), list):
+            *before, reply = row[key]
             if reply["role"] != "assistant":
                 fail(f'{row["where"]}: "{key}" ends with a message of the {reply["role"]}, and not '
                      "with a reply of the assistant")
-            row[key] = reply["content"]
+            row[key] = reply if reply.keys() - {"role", "content"} else reply["content"]
             if before:
                 prompts.append(before)
-            elif isinstance(prompt, str):
-                prompt = [{"role": "user", "content": prompt}]
-        get_text(row, key)
+            elif isinstance(row.get("prompt"), str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     if prompts:
-        if isinstance(prompt, list):
-            prompts.append(prompt)
+        if isinstance(row.get("prompt"), list):
+            prompts.append(row["prompt"])
         if prompts != [prompts[0]] * max(len(keys), len(prompts)):
             fail(f'{row["where"]}: the responses of this row are not all conversations with the '
                  "same prompt")
-        prompt = prompts[0]
-    if isinstance(prompt, list):
-        row["prompt"] = prompt
-        get_messages(row, "prompt")
-        return row
-    text = "\n".join(get_text(row, key) for key in ("prompt", *keys))
-    where = f'{row["where"]}: '
-    for token in tokenizer.transformers.all_special_tokens:
-        if token in text:
-            tokenizer.note(f"this text spells the control token {token}, which is read as plain "
-                           "letters; give messages, and the chat template writes it", where)
-    if tokenizer.transformers.chat_template:
-        tokenizer.note("the prompt is a plain text, so the chat template of this model is not "
-                       "used; give messages to use it", where)
+        row["prompt"] = prompts[0]
+    warn_of_row(row, tokenizer, check_text(row, "prompt"), [row[key] for key in keys])
+    if isinstance(row["prompt"], list) and row.get("tools"):
+        row["prompt"] = {"messages": row["prompt"], "tools": row["tools"]}
     return row
+
+
+def warn_of_row(row, tokenizer, prompt, responses):
+    """Print, once for a file, what is in a row and will not do what a person may expect."""
+    path, text = row["where"].rpartition(":")[0], json.dumps([prompt, responses])
+    for token in tokenizer.hidden.values():
+        if token in text:
+            warnings.warn(f"{path}: a text spells the control token {token}, which is read as "
+                          "plain letters; give messages, and the chat template writes it")
+    if "" in responses:
+        warnings.warn(f"{path}: a response is an empty text, which teaches to end at once")
+    unused = {"system", "functions", "documents", "images", "input", "history"} & row.keys()
+    if isinstance(prompt, str):
+        unused |= {"tools"} & row.keys()
+        if tokenizer.transformers.chat_template:
+            warnings.warn(f"{path}: a prompt is a plain text, so the chat template of this model "
+                          "is not used; give messages to use it")
+    if unused:
+        warnings.warn(f'{path}: {sorted(unused)} beside "prompt" are not used; what the model is '
+                      "to read has to stand in the prompt")
+
+
+def add_to_prompt(prompt, before="", after=""):
+    """The prompt with more text before and after it, in a chat in its last message."""
+    if isinstance(prompt, str):
+        return before + prompt + after
+    if isinstance(prompt, dict):
+        return prompt | {"messages": add_to_prompt(prompt["messages"], before, after)}
+    *others, last = prompt
+    if last["role"] == "assistant":
+        fail("a prompt ends with the start of the reply, and this script would add to it; let each "
+             f"prompt end with a message of the user: {json.dumps(last)[:80]}")
+    return [*others, last | {"content": before + last["content"] + after}]
 
 
 def split_by_prompt(rows, count=16):
@@ -490,6 +539,7 @@ def start_ranks(args):
         if RANK:
             sys.stdout = open(os.devnull, "w")
             sys.stderr.isatty = lambda: False  # then tqdm draws no bar
+            warnings.simplefilter("ignore")
 
 
 def share(items):
@@ -515,139 +565,176 @@ def add_gradients(model):
             dist.all_reduce(weight.grad)
 
 
+# --------------------------------------------------------------------------------- flags
+
+
+def number(low, high=math.inf):
+    """An argparse type: a number from low to high, and a whole one if low is a whole number."""
+    def convert(text):
+        value = type(low)(text)
+        if not low <= value <= high:  # also for NaN
+            raise ValueError
+        return value
+
+    convert.__name__ = f"number from {low} to {high}"  # for argparse's message
+    return convert
+
+
+def fill_defaults(args, defaults, small):
+    """Give each flag that was not given its default.
+
+    defaults: {flag: (for a small model, for a larger one in the toy, for a larger one with --data)}
+    """
+    for flag, values in defaults.items():
+        if getattr(args, flag, 0) is None:
+            setattr(args, flag, values[0 if small else 2 if args.data else 1])
+
+
+def by_size(values):
+    """What the help says of a default that depends on the model; see `fill_defaults`."""
+    return "None: {} below 10M parameters; above {}, with --data {}".format(*values)
+
+
 # ---------------------------------------------------------------------------- a run's folder
 
-
-def open_folder(args):
-    """Make --out and write args.json there. With --resume a state has to be there already."""
-    start_ranks(args)
-    if RANK:
-        return
-    folder = Path(args.out)
-    state = folder / "state.pt"
-    for flag in ("model", "reference", "policy", "generator", "reward_model", "judge"):
-        name = getattr(args, flag, None) or TINY  # tiny/ must not be overwritten, either
-        if folder.resolve() == Path(name).resolve():
-            fail(f"--out {args.out}: a model has this folder or this name; give another folder")
-    if args.resume and not state.is_file():
-        fail(f"--resume: no interrupted run in {folder}; start one without --resume")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if path.is_symlink():  # writing would change a file elsewhere
-                fail(f"--out {args.out}: {path.name} in it is a link; give another folder")
-        LOCKS.append((folder / "lock").open("w"))
-        try:
-            import fcntl
-            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            fail(f"--out {args.out}: another run is writing there; wait for its end, or give "
-                 "another folder")
-        except (ImportError, OSError):  # Windows and some network drives have no such locks
-            pass
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        (folder / "metrics.jsonl").open("a").close()  # tries to write it
-        if not args.resume:
-            state.unlink(missing_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out}: cannot be written ({error}); give another folder")
+PATHS = ("model", "reference", "policy", "generator", "reward_model", "judge", "data", "ptx_data")
+# What may differ when a run is resumed: it does not change the result, or its content is compared.
+FREE = ("out", "resume", "device", "save_every", "lr", "max_tokens", "samples", *PATHS)
 
 
-def open_log(folder, step):
-    """metrics.jsonl, opened for appending after the lines of the first `step` steps."""
-    if RANK:
-        return open(os.devnull, "w")
-    path = Path(folder) / "metrics.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:step]))
-    return path.open("a", buffering=1)  # line by line, so that a kill loses nothing
+class Run:
+    """The folder --out: args.json, metrics.jsonl, state.pt for --resume, and the final report.
 
-
-def fingerprint(args, examples):
-    """What a resumed run must share with the run that it continues: its flags and its data."""
-    free = ("out", "resume", "device", "save_every", "lr")  # these may differ
-    run = {f"--{name}": value for name, value in vars(args).items() if name not in free}
-    return run | {"the data": hashlib.sha256(repr(examples).encode()).hexdigest()}
-
-
-def save_state(folder, model, optimizer, **rest):
-    """Write all that --resume needs. A kill while writing leaves the previous state intact."""
-    if RANK:
-        return
-    try:
-        torch.save(dict(rest, model=model.state_dict(), optimizer=optimizer.state_dict()),
-                   f"{folder}/state.new")
-    except RuntimeError as error:  # the disk is full
-        raise OSError(error)
-    os.replace(f"{folder}/state.new", f"{folder}/state.pt")
-
-
-def load_state(args, model, optimizer, run, **new):
-    """With --resume, put the saved state into model and optimizer. run: this run's fingerprint.
-
-    Returns the rest of what was saved. A new run gets step 0 and the values in `new`.
+    With torchrun only rank 0 writes.
     """
-    if not args.resume:
-        return {"step": 0} | new
-    try:
-        state = torch.load(f"{args.out}/state.pt", map_location="cpu", weights_only=True)
-        changed = [key for key in run if run[key] != state["run"][key]]
-        if changed:
-            fail(f"--resume: the run in {args.out} was started with another value of {changed[0]}; "
-                 "give the same, or another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        fail(f"--resume: {args.out}/state.pt is no state of this script ({type(error).__name__}); "
-             "start again without --resume")
-    return state
+
+    def __init__(self, args):
+        start_ranks(args)
+        READ.clear()
+        self.args, self.folder = args, Path(args.out)
+        self.state, self.metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
+        for flag in PATHS:
+            path = getattr(args, flag, None)
+            if path == "" or not args.out:
+                fail(f"--{flag} or --out is empty; is a variable of the shell not set?")
+            if self.folder.resolve() in (TINY, Path(path or TINY).resolve()):
+                fail(f"--out {args.out}: a model has this folder or this name; give another folder")
+        if args.resume and not self.state.is_file():
+            fail(f"--resume: no interrupted run in {args.out}; start one without --resume")
+        try:
+            if not RANK:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.metrics.open("a").close()  # tries to write it
+        except OSError as error:
+            fail(f"--out {args.out}: cannot be written ({error}); give another folder")
+
+    def begin(self):
+        """Begin a new run, now that all it needs has been read. An older one here goes."""
+        if not RANK:
+            self.state.unlink(missing_ok=True)
+            self.metrics.write_text("")
+            text = json.dumps(vars(self.args), indent=2) + "\n"
+            (self.folder / "args.json").write_text(text)
+
+    def load_state(self, model, optimizer, **new):
+        """With --resume, put the saved state into model and optimizer; return the rest of it.
+
+        A new run gets step 0 and the values in `new`. Comes after all models and data are read: a
+        state is only taken if flags, data and weights are those that it was made with.
+        """
+        state = {"step": 0} | new
+        self.flags = {key: value for key, value in vars(self.args).items() if key not in FREE}
+        if not self.args.resume:
+            self.begin()
+            return state
+        try:
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            for key, value in self.flags.items():
+                if value != state["flags"][key]:
+                    fail(f"--resume: the run in {self.folder} was started with --{key} "
+                         f"{state['flags'][key]}; give the same, or another --out")
+            for (what, checksum), (_, before) in zip(READ, state["read"], strict=True):
+                if checksum != before:
+                    fail(f"--resume: {what} are not those that the run in {self.folder} began "
+                         "with; give the same, or another --out")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            rows = self.metrics.read_text().splitlines(keepends=True)[:range(2**62)[state["step"]]]
+        except Exception as error:  # torch raises many kinds for a file that is not its own
+            fail(f"--resume: {self.state} is no state of this script with these models and data "
+                 f"({type(error).__name__}); start again without --resume")
+        if not RANK:  # without the lines of steps that will be made again
+            self.folder.joinpath("metrics.new").write_text("".join(rows))
+            os.replace(self.folder / "metrics.new", self.metrics)
+        return state
+
+    def save_state(self, step, model, optimizer, **rest):
+        """Write all that --resume needs. A kill while writing leaves the previous state intact."""
+        if RANK:
+            return
+        try:
+            torch.save(dict(rest, flags=self.flags, read=READ, step=step, model=model.state_dict(),
+                            optimizer=optimizer.state_dict()), self.folder / "state.new")
+        except RuntimeError as error:  # the disk is full
+            raise OSError(error)
+        os.replace(self.folder / "state.new", self.state)
+
+    def log(self, row):
+        """Append a line to metrics.jsonl."""
+        if not RANK:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def report(self, columns, samples, panels):
+        """Print a table and samples; write results.json, samples.txt and curves.png.
+
+        columns: {"before": metrics, "after": metrics}; a table row for each metric of the last.
+        samples: [{"prompt": text, "before": text, ...}]. panels: for each panel of the figure a
+        list of names in metrics.jsonl.
+        """
+        if RANK:
+            return
+        table = " " * 25 + "".join(f"{column:>11}" for column in columns)
+        for key in list(columns.values())[-1]:
+            table += f"\n{key:25}"
+            for column in columns.values():
+                table += f"{column[key]:11.3f}" if key in column else " " * 11
+        texts = [printable("\n".join(f"{key:9}: {text}" for key, text in sample.items()))
+                 for sample in samples]
+        (self.folder / "samples.txt").write_text("\n\n".join([table, *texts]), encoding="utf-8")
+        (self.folder / "results.json").write_text(json.dumps(columns, indent=2))
+        self.state.unlink(missing_ok=True)  # this run is complete
+        if panels:
+            from matplotlib.figure import Figure
+            rows = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+            figure = Figure(figsize=(4 * len(panels), 3))
+            for number, keys in enumerate(panels, 1):
+                axis = figure.add_subplot(1, len(panels), number)
+                for key in keys:  # a row without it leaves a gap
+                    axis.plot([row.get(key) for row in rows], label=key)
+                axis.set_xlabel("step")
+                axis.legend()
+            figure.savefig(self.folder / "curves.png", bbox_inches="tight")
+        print("\n\n".join(["", table, *texts[:4], f"All that this run made is in {self.folder}"]))
 
 
 def launch(train, args):
-    """train(args). Ctrl-C (exit code 130) and a full disk (2) end it with one line."""
+    """train(args). Ctrl-C (exit code 130), a full disk or memory (2) end it with one line."""
     try:
         return train(args)
-    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+    except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:
+        memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
+            raise
         if RANK:  # rank 0 says it
             raise SystemExit(2)
-        Path(args.out, "state.new").unlink(missing_ok=True)  # it and model.new may be half written
-        shutil.rmtree(f"{args.out}/model.new", ignore_errors=True)
+        Path(args.out, "state.new").unlink(missing_ok=True)  # it may be half written
         remedy = "no state has been saved yet"
         if Path(args.out, "state.pt").exists():
             remedy = "add --resume to go on from the last saved state"
         if isinstance(error, KeyboardInterrupt):
             print("\nstopped;", remedy, file=sys.stderr)
             raise SystemExit(130)
-        fail(f"{args.out}: cannot be written; is the disk full? ({error})", remedy)
-
-
-def report(folder, columns, samples, panels):
-    """Print a table and samples; write results.json, samples.txt and curves.png.
-
-    columns: {"before": metrics, "after": metrics}; a table row for each metric of the last.
-    samples: [{"prompt": text, "before": text, ...}]. panels: for each panel of the figure a list of
-    names in metrics.jsonl.
-    """
-    if RANK:
-        return
-    table = " " * 25 + "".join(f"{name:>11}" for name in columns)
-    for key in list(columns.values())[-1]:
-        table += f"\n{key:25}"
-        for column in columns.values():
-            table += f"{column[key]:11.3f}" if key in column else " " * 11
-    texts = [printable("\n".join(f"{name:9}: {text}" for name, text in sample.items()))
-             for sample in samples]
-    Path(folder, "samples.txt").write_text("\n\n".join([table, *texts]), encoding="utf-8")
-    Path(folder, "results.json").write_text(json.dumps(columns, indent=2))
-    Path(folder, "state.pt").unlink(missing_ok=True)  # this run is complete
-    if panels:
-        from matplotlib.figure import Figure
-        rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
-        figure = Figure(figsize=(4 * len(panels), 3))
-        for number, names in enumerate(panels, 1):
-            axis = figure.add_subplot(1, len(panels), number)
-            for name in names:  # a row without it leaves a gap
-                axis.plot([row.get(name) for row in rows], label=name)
-            axis.set_xlabel("step")
-            axis.legend()
-        figure.savefig(f"{folder}/curves.png", bbox_inches="tight")
-    say("\n\n".join(["", table, *texts[:4], f"All that this run has made is in {folder}"]))
+        if memory:
+            fail("out of memory: use a lower --max_tokens, which changes no result", remedy)
+        fail(f"{args.out}: cannot be written ({error})", remedy)

@@ -25,26 +25,29 @@ and value network are two networks with one learning rate, which rises, then fal
 """
 
 import argparse
-import json
 import math
 import random
 import re
+import warnings
 from itertools import zip_longest
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (RANK, add_gradients, all_gather, fail, fingerprint, get_text, launch, load_model,
-                   load_state, open_folder, open_log, read_jsonl, read_row, report, save_model,
-                   save_state, say, share, split_by_prompt)
+from model import (RANK, Run, add_gradients, all_gather, by_size, check_text, fail, fill_defaults,
+                   launch, load_model, number, read_jsonl, read_row, save_model, share,
+                   split_by_prompt)
 
 # ------------------------------------------------------------------ rewards, advantages, losses
 # Tensors are (B, R): a row for each of B responses, as long as the longest of them. The mask is
-# true on real tokens. What stands after the end of a response has no effect.
+# true on real tokens. What stands after the end of a response has no effect. The rewards and
+# advantages are called in `train`, the losses in `learn`.
 
 
 def no_padding(x, mask):
@@ -155,17 +158,23 @@ class GatherLogps(torch.autograd.Function):
         grad = grad[:, None]  # (N, 1)
         # d logp / d logits = onehot(target) - softmax. The one-hot part needs no logits.
         grad_hidden = grad * weight[targets]  # (N, D)
-        grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
-        for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not with LoRA, where the head is frozen
+            grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
+        for i in range(0, len(weight), 4096):
+            w = weight[i:i + 4096]  # (C, D)
             grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
             grad_hidden.addmm_(grad_logits, w)
-            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(grad_logits.T, hidden)
+            if grad_weight is not None:
+                grad_weight[i:i + 4096].addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
 def gather_logps(hidden, weight, targets):
-    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,)."""
+    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,).
+
+    It equals (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1).
+    """
     return GatherLogps.apply(hidden, weight, targets)
 
 
@@ -194,25 +203,26 @@ def hidden_states(model, ids, where):
     return hidden.to(model.dtype)  # fp32
 
 
-def to_rows(flat, sequences):
+def to_rows(flat, sequences, R):
     """Numbers (N,) of all response tokens as a row for each response: (B, R), 0 after its end."""
-    lengths = [len(response) for _, response in sequences]
-    return pad_sequence(flat.split(lengths), batch_first=True)  # (N,) -> (B, R)
+    rows = flat.split([len(response) for _, response in sequences])
+    rows = pad_sequence(rows, batch_first=True)  # (N,) -> (B, the longest of these responses)
+    return F.pad(rows, (0, R - rows.shape[1]))
 
 
-def token_logps(model, sequences):
+def token_logps(model, sequences, R):
     """Log-prob of each response token: (B, R)."""
     ids, where, targets, _ = collate(sequences, model.device)
     hidden = hidden_states(model, ids, where)  # (N, D)
     logps = gather_logps(hidden, model.get_output_embeddings().weight, targets)  # (N,)
-    return to_rows(logps, sequences)
+    return to_rows(logps, sequences, R)
 
 
-def token_values(model, sequences):
+def token_values(model, sequences, R):
     """Value of the state before each response token: (B, R)."""
     ids, where, _, _ = collate(sequences, model.device)
     values = model.score(hidden_states(model, ids, where)).squeeze(1)  # (N, D) -> (N, 1) -> (N,)
-    return to_rows(values, sequences)
+    return to_rows(values, sequences, R)
 
 
 def split_batch(groups, max_tokens):
@@ -236,12 +246,12 @@ def split_batch(groups, max_tokens):
 
 @torch.no_grad()
 def per_token(function, model, sequences, max_tokens):
-    """function(model, sequences) without gradient, part by part: (B, R)."""
-    numbers = torch.zeros(len(sequences), max(len(response) for _, response in sequences))
+    """function(model, sequences, R) without gradient, part by part: (B, R)."""
+    R = max(len(response) for _, response in sequences)
+    numbers = torch.zeros(len(sequences), R)
     parts = share(split_batch([[sequence] for sequence in sequences], max_tokens))
     for part in tqdm(parts, "scoring", leave=False, disable=None):
-        rows = function(model, [sequences[b] for b in part])  # (b, r)
-        numbers[part, :rows.shape[1]] = rows.cpu()
+        numbers[part] = function(model, [sequences[b] for b in part], R).cpu()
     return sum(all_gather(numbers)).to(model.device)  # a process leaves 0 where it had no part
 
 
@@ -343,81 +353,88 @@ def load_prompts(tokenizer, small, args):
     room = tokenizer.context - args.max_new_tokens
     usable = [{"prompt": prompt} for prompt in prompts
               if len(tokenizer.encode_prompt(prompt)) <= room]
-    say(f"{len(usable)} prompts; {len(prompts) - len(usable)} left out, as they leave no room for "
-        "--max_new_tokens")
+    no_room = len(prompts) - len(usable)
+    print(f"{len(usable)} prompts" + bool(no_room) *
+          f"; {no_room} left out, as they leave no room for --max_new_tokens")
     rows, _, held_out = split_by_prompt(usable)
     return [row["prompt"] for row in rows], held_out[:8]
 
 
 def load_reward(reference, tokenizer, prompts, args):
-    """(reward model, its tokenizer, mean and SD of its scores on 256 samples of the reference).
+    """A function (prompts, texts) -> scores (B,): the toy's true reward, or a reward model's.
 
-    Only samples that end count. Rewards become (score - mean) / SD, so that beta and
-    --missing_eos_score mean the same for all reward models. Without --reward_model the result is
-    None: the toy's true reward.
+    A reward model's scores become (score - mean) / SD over those of 256 samples of the reference
+    that end. So beta and --missing_eos_score mean the same for all reward models.
     """
     if not args.reward_model:
-        return None
+        return lambda prompts, texts: torch.tensor([toy_reward(text) for text in texts])
     model, own = load_model(args.reward_model, "reward", args.device)
     if "SequenceClassification" not in str(model.config.architectures):
         fail(f"--reward_model {args.reward_model}: this is a language model; reward_model.py makes "
              "a reward model of it")
+
+    def score(prompts, texts):
+        """Scores (B,), read after the whole text, which goes through the model's own tokenizer."""
+        examples = [own.encode_example(prompt, text, own.context - 1)
+                    for prompt, text in zip(prompts, texts)]
+        if None in examples or any(ids[-1] not in own.stop_ids for _, ids in examples):
+            fail(f"--reward_model {args.reward_model}: its context of {own.context} tokens is too "
+                 "short for a prompt and its response; use a lower --max_new_tokens")
+        # token_values reads the state before a response token: here a dummy after the whole text.
+        examples = [(prompt + response, [0]) for prompt, response in examples]
+        return per_token(token_values, model, examples, args.max_tokens)[:, 0].cpu()  # (B,)
+
     asked = random.Random(args.seed).choices(prompts, k=256)
-    drawn, scores, _, _ = rollout(reference, (model, own, 0, 1), tokenizer, asked, 1, args.seed,
-                                  args)
-    whole = [response[-1] in tokenizer.stop_ids for _, response in drawn]
-    sd, mean = torch.std_mean(scores[whole], correction=0)
+    _, texts, ended = answer(reference, tokenizer, asked, args.seed, args)
+    if ended.float().mean() < 0.5:
+        warnings.warn("more than half of the samples do not end within --max_new_tokens, and get "
+                      "--missing_eos_score whatever they say; allow more tokens, or start from a "
+                      "model that has learned to end, see sft.py")
+    sd, mean = torch.std_mean(score(asked, texts)[ended], correction=0)
     if not sd > 1e-6:  # NaN without a score
-        fail(f"--reward_model {args.reward_model}: {sum(whole)} of 256 samples of the reference "
-             "end within --max_new_tokens, and their scores do not differ")
-    return model, own, mean, sd
+        fail(f"--reward_model {args.reward_model}: {int(ended.sum())} of 256 samples of the "
+             "reference end within --max_new_tokens, and their scores do not differ")
+    return lambda prompts, texts: (score(prompts, texts) - mean) / sd
 
 
-def rollout(policy, reward, tokenizer, prompts, n, seed, args):
-    """Sample n responses to each of P prompts: P*n sequences, scores (P, n), texts, mean metrics.
-
-    The reward model reads the text through its own tokenizer. A response that did not end scores
-    --missing_eos_score, since nobody knows how it would have gone on. (In the toy a larger model
-    hardly ever ends in time, so there cut samples are scored as they stand.)
-    """
-    prompts = [prompt for prompt in prompts for _ in range(n)]  # P * n
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    mine = share(ids)  # with torchrun, each process answers its share of the prompts
+def answer(policy, tokenizer, prompts, seed, args):
+    """A response to each of B prompts: sequences, texts, and whether each ended (B,)."""
+    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    mine = share(asked)  # with torchrun, each process answers its share of the prompts
     drawn = []
     if mine:
         drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK,
                        max_tokens=4 * args.max_tokens)
     responses = [own for turn in zip_longest(*all_gather(drawn)) for own in turn if own]
-    texts = [tokenizer.decode(response) for response in responses]
-    if reward:
-        model, own, mean, sd = reward
-        examples = [own.encode_example(prompt, text, own.context - 1)
-                    for prompt, text in zip(prompts, texts)]
-        if None in examples:
-            fail(f"--reward_model {args.reward_model}: a prompt fills its context")
-        # token_values reads the state before each response token. Before one dummy token, this is
-        # the state after the whole text.
-        examples = [(prompt + response, [0]) for prompt, response in examples]
-        scores = per_token(token_values, model, examples, args.max_tokens)  # (B, 1)
-        scores = (scores[:, 0].cpu() - mean) / sd
-    else:
-        scores = torch.tensor([toy_reward(text) for text in texts])
-    ended = [response[-1] in tokenizer.stop_ids for response in responses]
-    cut = 1 - fmean(ended)
-    if reward or policy.small:  # in the toy, a larger model hardly ever ends
-        scores = scores.where(torch.tensor(ended), args.missing_eos_score)
-        if cut > 0.5:
-            tokenizer.note("more than half of the samples do not end within --max_new_tokens, and "
-                           "get --missing_eos_score whatever they say; allow more tokens, or start "
-                           "from a model that has learned to end, see sft.py")
-    means = {"scores/mean": float(scores.mean()),
-             "samples/tokens": fmean(map(len, responses)),
-             "samples/without_eos": cut}
+    ended = torch.tensor([response[-1] in tokenizer.stop_ids for response in responses])
+    return list(zip(asked, responses)), [tokenizer.decode(ids) for ids in responses], ended
+
+
+def rollout(policy, reward, tokenizer, prompts, n, seed, args):
+    """Sample n responses to each of P prompts: B = P*n sequences, scores (P, n), texts, metrics.
+
+    A response that did not end scores --missing_eos_score, since nobody knows how it would have
+    gone on. (In the toy a larger model hardly ever ends in time, so there it is scored as it is.)
+    """
+    prompts = [prompt for prompt in prompts for _ in range(n)]  # B
+    sequences, texts, ended = answer(policy, tokenizer, prompts, seed, args)
+    scores = reward(prompts, texts)  # (B,)
+    if args.reward_model or policy.small:
+        scores = scores.where(ended, args.missing_eos_score)
+    metrics = {"scores/mean": float(scores.mean()),
+               "samples/tokens": fmean(len(response) for _, response in sequences),
+               "samples/without_eos": 1 - float(ended.float().mean())}
     if not args.data:
-        means["samples/true_reward"] = fmean(map(toy_reward, texts))
+        metrics["samples/true_reward"] = fmean(map(toy_reward, texts))
         if policy.small:
-            means["samples/grammatical"] = fmean(map(toy_grammatical, texts))
-    return list(zip(ids, responses)), scores.view(-1, n), texts, means
+            metrics["samples/grammatical"] = fmean(map(toy_grammatical, texts))
+    return sequences, scores.view(-1, n), texts, metrics
+
+
+def mask_of(sequences, device):
+    """Where the rows of a (B, R) tensor hold response tokens: (B, R), bool."""
+    ones = [torch.ones(len(response), dtype=torch.bool) for _, response in sequences]
+    return pad_sequence(ones, batch_first=True).to(device)  # (B, R)
 
 
 def yardstick(rewards, policy, reference, beta):
@@ -442,7 +459,8 @@ def yardstick(rewards, policy, reference, beta):
     start = rewards[:, :, :n].mean((1, 2))  # (201,)
     now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
     share = (now - start) / (optimum - start)  # (201,)
-    effective_samples = 1 / x[0].softmax(1).square().sum(1).max()  # of the worst prompt
+    # The error of J* is about beta / sqrt(effective_samples), of all prompts together.
+    effective_samples = P**2 / x[0].softmax(1).square().sum()
     numbers = {
         "J/reference": start[0], "J/policy": now[0], "J/effective_samples": effective_samples}
     if effective_samples >= 50:  # with fewer the estimate would be a guess
@@ -455,27 +473,31 @@ def yardstick(rewards, policy, reference, beta):
 
 
 def evaluate(policy, reference, reward, tokenizer, prompts, args):
-    """Metrics of the reference and of the policy, and samples of both for held-out prompts."""
-    n = args.samples or (256 if policy.small else 8)
-    rollouts = [rollout(model, reward, tokenizer, prompts, n, args.seed, args)
-                for model in (reference, policy)]
-    sequences, scores, texts, (before, after) = zip(*rollouts)  # of the reference, of the policy
-    logps = []
-    for model in (reference, policy):
-        sums = [per_token(token_logps, model, own, args.max_tokens).sum(1).view(-1, n)
-                for own in sequences]  # (P*n,) -> (P, n) each
-        logps.append(torch.cat(sums, 1).double().cpu())  # (P, 2n)
-    reference_logps, policy_logps = logps
-    after["kl/policy_reference"] = float((policy_logps - reference_logps)[:, n:].mean())
+    """{"before": metrics of the reference, "after": of the policy} on P prompts, and samples."""
+    columns, scores, sequences, texts = {}, [], [], []
+    for name, model in (("before", reference), ("after", policy)):
+        own, own_scores, own_texts, columns[name] = rollout(
+            model, reward, tokenizer, prompts, args.samples, args.seed, args)
+        scores.append(own_scores)  # (P, n)
+        sequences.append(own)
+        texts.append(own_texts)
+
+    # Log-probs of all these samples under both models: (P, 2n), those of the reference first.
+    policy_logps, reference_logps = (
+        torch.cat([per_token(token_logps, model, own, args.max_tokens).sum(1).view(len(prompts), -1)
+                   for own in sequences], 1).double().cpu()
+        for model in (policy, reference))
+    after = columns["after"]
+    log_ratios = policy_logps - reference_logps  # (P, 2n)
+    after["kl/policy_reference"] = float(log_ratios[:, args.samples:].mean())
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
-        rewards = zip(*[map(toy_reward, own) for own in texts])
-        after["samples/win_rate"] = fmean((new > old) + (new == old) / 2 for old, new in rewards)
+        old, new = (torch.tensor([*map(toy_reward, own)]) for own in texts)  # (P*n,) each
+        after["samples/win_rate"] = float(1 + (new - old).sign().mean()) / 2
     if args.beta:
         after |= yardstick(torch.cat(scores, 1), policy_logps, reference_logps, args.beta)
-    firsts = [own[::n] for own in texts]  # the first sample of each prompt
     samples = [{"prompt": prompt, "before": old, "after": new}
-               for prompt, old, new in zip(prompts, *firsts)]
-    return before, after, samples
+               for prompt, old, new in zip(prompts, *(own[::args.samples] for own in texts))]
+    return columns, samples
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -487,13 +509,73 @@ def schedule(step, steps, warmup=0.1):
     return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
+class Batch(NamedTuple):
+    """What a step learns from. B sequences, whose responses have at most R tokens."""
+
+    sequences: list  # B times (prompt ids, response ids)
+    mask: torch.Tensor  # (B, R), as all that follow
+    logps: torch.Tensor  # under the policy that drew the responses: pi_old
+    values: torch.Tensor  # of the value network before its updates
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def learn(networks, optimizer, batch, ptx, rng, args):
+    """The updates of a step: a few passes over the batch, each in two minibatches. Metrics.
+
+    A loss is a mean over the tokens of a minibatch. So it and its gradient are sums over the parts
+    that fit into memory.
+    """
+    policy, value = networks
+    B, R = batch.mask.shape
+    orders = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
+    size = math.ceil(B / 2)
+    minibatches = [order[i:i + size] for order in orders for i in range(0, B, size)]
+    seen, norms = torch.zeros(4, device=policy.device), []
+    for minibatch in minibatches:
+        tokens = batch.mask[minibatch].sum()
+        for part in share(split_batch([[batch.sequences[b]] for b in minibatch], args.max_tokens)):
+            part = [minibatch[b] for b in part]  # b rows of the batch
+            sequences, mask = [batch.sequences[b] for b in part], batch.mask[part]
+            logps = token_logps(policy, sequences, R)  # (b, R)
+            values = token_values(value, sequences, R)  # (b, R)
+            policy_part = policy_loss(logps, batch.logps[part], batch.advantages[part], mask,
+                                      normalizer=tokens)
+            value_part = value_loss(values, batch.values[part], batch.returns[part], mask,
+                                    normalizer=tokens)
+            (policy_part + value_part).backward()
+            ratios = no_padding(logps - batch.logps[part], mask).exp()  # (b, R)
+            clipped = ((ratios - 1).abs() > 0.2).sum() / tokens
+            seen[:3] += torch.stack([policy_part, value_part, clipped]).detach()
+
+        # PPO-ptx (InstructGPT, Eq. 2): also the likelihood of texts like those of pretraining.
+        texts = rng.choices(ptx, k=len(minibatch)) if ptx else []
+        tokens = sum(len(text) for _, text in texts)
+        for example in share(texts):
+            ptx_part = -token_logps(policy, [example], len(example[1])).sum() / tokens
+            (args.ptx_coef * ptx_part).backward()
+            seen[3] += ptx_part.detach()
+
+        add_gradients(networks)
+        norms.append([float(clip_grad_norm_(network.parameters(), 1.0)) for network in networks])
+        if not math.isfinite(sum(norms[-1])):
+            fail("the gradient is not finite; use a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad()
+    names = ["policy/loss", "value/loss", "policy/clip_fraction"] + ["ptx/loss"] * bool(ptx)
+    metrics = dict(zip(names, (sum(all_gather(seen.cpu())) / len(minibatches)).tolist()))
+    norms = torch.tensor(norms).mean(0).tolist()
+    return metrics | {"policy/grad_norm": norms[0], "value/grad_norm": norms[1]}
+
+
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The policy pi, the reference, and the value network: a copy of the policy with a new head.
     # Its values start at 0, so the first advantages are those of the rewards alone.
     policy, tokenizer = load_model(args.model, "lm", args.device, args.lora_rank)
+    fill_defaults(args, DEFAULTS, policy.small)
     reference, other = load_model(args.reference or args.model, "lm", args.device)
     if other.transformers.get_vocab() != tokenizer.transformers.get_vocab():
         fail(f"--reference {args.reference}: its tokenizer is not that of --model {args.model}")
@@ -501,30 +583,20 @@ def train(args):
     nn.init.zeros_(value.score.weight)
     networks = nn.ModuleList([policy, value])
 
-    # 2. The prompts, the reward, and texts for PPO-ptx, as responses to EOS.
+    # 2. The prompts, the reward, and texts for PPO-ptx, as responses to an empty prompt.
     prompts, held_out = load_prompts(tokenizer, policy.small, args)
     reward = load_reward(reference, tokenizer, prompts, args)
     ptx = []
     if args.ptx_data:
         for row in read_jsonl(args.ptx_data):
-            text = tokenizer.encode(get_text(row, "text")) + [tokenizer.eos_id]
-            ptx.append(([tokenizer.eos_id], text[:tokenizer.context - 1]))
+            text = tokenizer.encode(str(check_text(row, "text"))) + [tokenizer.eos_id]
+            ptx.append((tokenizer.encode_prompt(""), text[:tokenizer.context - 1]))
 
-    # 3. The optimizer, and the state of an interrupted run. A larger model writes long responses.
-    # With lambda 0.95 their first tokens would earn next to nothing at first: 0.95^60 = 0.05.
-    lam = args.lam
-    if lam is None:
-        lam = 0.95 if policy.small else 1.0
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 2e-4 if policy.small else 1e-5 if args.data else 3e-5
+    # 3. The optimizer, and the state of an interrupted run.
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
-    run = fingerprint(args, [prompts, ptx])
-    state = load_state(args, networks, optimizer, run, beta=args.beta)
-    start = state["step"]
-    beta = state["beta"]
-    log = open_log(args.out, start)
+    state = run.load_state(networks, optimizer, beta=args.beta)
+    start, beta = state["step"], state["beta"]
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in progress:
@@ -534,96 +606,62 @@ def train(args):
         asked = rng.choices(prompts, k=math.ceil(args.batch_size / args.n))  # P
         sequences, scores, _, row = rollout(policy, reward, tokenizer, asked, args.n,
                                             rng.getrandbits(62), args)
+        if step % args.save_every == 0:
+            run.save_state(step, networks, optimizer, beta=beta)
 
         # 5. Before any update: log-probs of all tokens, and values of the states before them.
-        old_logps = per_token(token_logps, policy, sequences, args.max_tokens)  # (B, R)
-        reference_logps = per_token(token_logps, reference, sequences, args.max_tokens)
-        old_values = per_token(token_values, value, sequences, args.max_tokens)
-        mask = [torch.ones(len(response), dtype=torch.bool) for _, response in sequences]
-        mask = pad_sequence(mask, batch_first=True).to(policy.device)  # (B, R)
+        mask = mask_of(sequences, policy.device)  # (B, R)
+        logps = per_token(token_logps, policy, sequences, args.max_tokens)  # (B, R)
+        reference_logps = per_token(token_logps, reference, sequences, args.max_tokens)  # (B, R)
+        values = per_token(token_values, value, sequences, args.max_tokens)  # (B, R)
 
         # 6. Rewards, advantages and returns. They are constants in the updates that follow.
-        scores = scores.to(policy.device)  # (P, n)
-        rewards = token_rewards(scores.flatten(), old_logps, reference_logps, mask, beta)
-        advantages, returns = gae(rewards, old_values, mask, lam=lam)
+        rewards = token_rewards(scores.flatten().to(policy.device), logps, reference_logps, mask,
+                                beta)
+        advantages, returns = gae(rewards, values, mask, lam=args.lam)
         advantages = whiten(advantages, mask)
 
-        # 7. A few passes over the rollout, each in two minibatches. Losses are means over a
-        # minibatch's tokens: the gradients of its parts add up to that of the mean.
-        optimizer.param_groups[0]["lr"] = row["lr"] = peak_lr * schedule(step, args.steps)
-        seen, norms = torch.zeros(4, device=policy.device), []
-        B = len(sequences)
-        size = math.ceil(B / 2)
-        orders = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
-        for minibatch in [order[i:i + size] for order in orders for i in range(0, B, size)]:
-            tokens = mask[minibatch].sum()
-            parts = split_batch([[sequences[b]] for b in minibatch], args.max_tokens)
-            for groups in share(parts):
-                part = [minibatch[g] for g in groups]
-                batch = [sequences[b] for b in part]
-                logps = token_logps(policy, batch)  # (b, r)
-                values = token_values(value, batch)  # (b, r)
-                index = part, slice(logps.shape[1])  # x[index] is a part of x: (B, R) -> (b, r)
-                loss = policy_loss(logps, old_logps[index], advantages[index], mask[index],
-                                   normalizer=tokens)
-                error = value_loss(values, old_values[index], returns[index], mask[index],
-                                   normalizer=tokens)
-                (loss + error).backward()
-                clipped = ((logps - old_logps[index]).exp() - 1).abs() > 0.2  # (b, r)
-                seen[:3] += torch.stack([loss, error, clipped.sum() / tokens]).detach()
-
-            # PPO-ptx (InstructGPT, Eq. 2): also the likelihood of texts like those of pretraining.
-            texts = rng.choices(ptx, k=len(minibatch)) if ptx else []
-            tokens = sum(len(text) for _, text in texts)
-            for example in share(texts):
-                loss = -token_logps(policy, [example]).sum() / tokens
-                (args.ptx_coef * loss).backward()
-                seen[3] += loss.detach()
-
-            add_gradients(networks)
-            norms.append([float(clip_grad_norm_(network.parameters(), 1.0))
-                          for network in networks])
-            if not math.isfinite(sum(norms[-1])):
-                fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
-            # A state is saved before the first update of a step, if the gradient is finite.
-            if len(norms) == 1 and step % args.save_every == 0:
-                save_state(args.out, networks, optimizer, run=run, step=step, beta=beta)
-            optimizer.step()
-            optimizer.zero_grad()
+        # 7. The updates.
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args.steps)
+        batch = Batch(sequences, mask, logps, values, advantages, returns)
+        row |= learn(networks, optimizer, batch, ptx, rng, args)
 
         # 8. What to watch. If std_per_prompt is 0, the scores of a prompt's samples are all equal.
-        k1, k3 = map(float, kl_estimates(old_logps, reference_logps, mask))
-        unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
+        k1, k3 = map(float, kl_estimates(logps, reference_logps, mask))
+        unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)
         row |= {"step": step + 1,
+                "lr": lr,
                 "kl/policy_reference": k1,
                 "kl/k3": k3,
                 "kl/beta": beta,
                 "scores/std_per_prompt": float(scores.std(1, correction=0).mean()),
-                "policy/entropy": -float(token_mean(old_logps, mask)),
+                "policy/entropy": -float(token_mean(logps, mask)),
                 "value/explained_variance": 1 - float(unexplained)}
-        names = ["policy/loss", "value/loss", "policy/clip_fraction"]
-        if ptx:
-            names.append("ptx/loss")
-        row |= zip(names, (sum(all_gather(seen.cpu())) / len(norms)).tolist())
-        row |= zip(["policy/grad_norm", "value/grad_norm"], torch.tensor(norms).mean(0).tolist())
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(score=row["scores/mean"], kl=k1)
         if args.kl_target:
             beta = adapt_beta(beta, k1, args.kl_target)
 
     # 9. Save, then compare with the reference.
     save_model(policy, tokenizer, args.out)
-    before, after, samples = evaluate(policy, reference, reward, tokenizer, held_out, args)
-    report(args.out, {"before": before, "after": after}, samples, panels=[
+    columns, samples = evaluate(policy, reference, reward, tokenizer, held_out, args)
+    run.report(columns, samples, panels=[
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
         ["samples/grammatical", "policy/clip_fraction", "value/explained_variance"]])
-    return after
+    return columns["after"]
 
 
-def make_parser():
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data. A larger
+# model writes long responses. With lambda 0.95 their first tokens would earn next to nothing at
+# first: 0.95^60 = 0.05.
+DEFAULTS = {"lr": (2e-4, 3e-5, 1e-5), "lam": (0.95, 1.0, 1.0), "samples": (128, 8, 8)}
+
+
+def make_parser(text):
     """The flags that PPO shares with variants/raft.py."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=text.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt"}; None: the toy task')
@@ -631,39 +669,42 @@ def make_parser():
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
     flag("--reference", help="the model that KL is measured from; None: --model")
-    flag("--beta", type=float, default=0.5,
-         help="penalty for a nat of KL from the reference; 0.02 is usual with --data")
     flag("--missing_eos_score", type=float, default=-1.0,
          help="score of a response that does not end within --max_new_tokens")
-    flag("--n", type=int, default=4, help="samples of each prompt")
-    flag("--ppo_epochs", type=int, default=4, help="passes over a step's samples, two updates each")
-    flag("--lr", type=float,
-         help="peak learning rate; None: 2e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
-    flag("--steps", type=int, default=40, help="steps; each samples, scores and learns")
-    flag("--batch_size", type=int, default=64, help="samples in a step: whole groups of --n")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
+    flag("--n", type=number(1), default=4, help="samples of each prompt")
+    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
+    flag("--steps", type=number(1), default=40, help="steps; each samples, scores and learns")
+    flag("--batch_size", type=number(1), default=64,
+         help="samples in a step: whole groups of --n")
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a training pass: bounds memory")
+    flag("--lora_rank", type=number(0), default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--samples", type=int,
-         help="evaluation: samples for each of 8 prompts; None: 256 below 10M parameters, else 8")
-    flag("--save_every", type=int, default=10, help="steps between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
+    flag("--samples", type=number(1),
+         help="evaluation: samples for each of 8 prompts; " + by_size(DEFAULTS["samples"]))
+    flag("--save_every", type=number(1), default=10,
+         help="steps between saved states, for --resume")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = make_parser()
+    parser = make_parser(__doc__)
     flag = parser.add_argument
-    flag("--kl_target", type=float,
+    flag("--beta", type=number(0.0), default=0.5,
+         help="penalty for a nat of KL from the reference; 0.02 is usual with --data")
+    flag("--kl_target", type=number(0.0),
          help="multiply beta after each step so that KL comes to this many nats; None: fixed beta")
-    flag("--lam", type=float,
-         help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network; None: 0.95 "
-         "below 10M parameters, else 1")
+    flag("--ppo_epochs", type=number(1), default=4,
+         help="passes over a step's samples, two updates each")
+    flag("--lam", type=number(0.0, 1.0),
+         help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network; "
+         + by_size(DEFAULTS["lam"]))
     flag("--ptx_data", help='JSON Lines file of {"text"}, also learnt from (PPO-ptx)')
-    flag("--ptx_coef", type=float, default=1.0, help="weight of the loss on --ptx_data")
+    flag("--ptx_coef", type=number(0.0), default=1.0, help="weight of the loss on --ptx_data")
     return parser.parse_args(argv)
 
 

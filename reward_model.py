@@ -21,7 +21,6 @@ less. Scores are not normalised here; ppo_rlhf.py does it.
 
 import argparse
 import itertools
-import json
 import math
 import random
 import re
@@ -32,9 +31,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
-                   say, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
+                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -208,7 +206,7 @@ def toy_ranks(responses, rng):
 def toy_rankings(model, tokenizer, count, k, seed):
     """Rows {"prompt", "responses", "ranks"}: k samples of the model, ranked by a noisy human."""
     rng = random.Random(seed)
-    prompts = rng.choices(toy_prompts(model.small), k=count or (4608 if model.small else 192))
+    prompts = rng.choices(toy_prompts(model.small), k=count)
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
@@ -225,12 +223,15 @@ def read_ranking(row, tokenizer):
     """A row of a file as {"prompt", "responses", "ranks"}; of a pair, the chosen one has rank 1."""
     names, ranks = ["chosen", "rejected"], [1, 2]
     if "responses" in row:
-        texts, ranks = row["responses"] or [], row.get("ranks") or []
-        whole = all(type(rank) is int and rank > 0 for rank in ranks)
-        if not ranks or len(texts) != len(ranks) or not whole:
-            fail(f'{row["where"]}: "responses" needs as many "ranks", whole numbers, 1 is the best')
+        texts, ranks = row["responses"], row.get("ranks")
+        lists = isinstance(texts, list) and isinstance(ranks, list) and len(texts) == len(ranks) > 0
+        if not lists or not all(type(rank) is int and rank > 0 for rank in ranks):
+            fail(f'{row["where"]}: "responses" has to be a list, with as many "ranks", which are '
+                 "whole numbers; 1 is the best")
         names = [f"response {k}" for k in range(len(texts))]
         row = row | dict(zip(names, texts))
+        places = sorted(set(ranks))  # only their order counts: 1, 5, 5 is 1, 2, 2
+        ranks = [1 + places.index(rank) for rank in ranks]
     row = read_row(row, tokenizer, *names)
     return {"prompt": row["prompt"], "responses": [row[name] for name in names], "ranks": ranks}
 
@@ -256,10 +257,13 @@ def encode_rankings(tokenizer, rows, args):
         if len(set(ranks)) > 1 and (args.loss == "ranking" or ranks.count(min(ranks)) == 1):
             usable.append(dict(row, group=group, ranks=ranks))
             cut += sum(response[-1] not in tokenizer.stop_ids for _, response in group)
-    kept = (f"{len(usable)} rankings; left out: {no_room} without room for a response within "
-            f"--max_length, {len(rows) - len(usable) - no_room} with no preference")
-    say(f"{kept}; {cut} responses cut at --max_length")
-    return usable or fail(kept)
+    counts = {"rankings": len(usable),
+              "left out without room for a response within --max_length": no_room,
+              "left out with no preference": len(rows) - len(usable) - no_room,
+              "responses cut at --max_length": cut}
+    found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(found)
+    return usable or fail(f"no ranking is left: {found}")
 
 
 def calibration_error(margins):
@@ -277,8 +281,8 @@ def calibration_error(margins):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, rows, args):
-    """Metrics on held-out rankings, and samples: their texts with ranks and scores."""
+def evaluate(name, model, tokenizer, rows, args):
+    """{name: metrics on held-out rankings}, and samples: their texts with ranks and scores."""
     scores, pairs, samples = {}, [], []
     for part in split_batch([row["group"] for row in rows], args.max_tokens):
         rewards, _ = score_rows(model, [rows[g] for g in part])  # (b, K)
@@ -298,7 +302,7 @@ def evaluate(model, tokenizer, rows, args):
     if not args.data:
         # The Bayes ceiling: nothing predicts the toy's human better than the true reward does.
         metrics["pairs/ceiling"] = float(true_margins.abs().sigmoid().mean())
-    return metrics, samples
+    return {name: metrics}, samples
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -312,13 +316,11 @@ def schedule(step, steps, warmup=0.1):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The reward model: a language model whose new head gives one number.
     model, tokenizer = load_model(args.model, "reward", args.device, args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 1e-3 if model.small else 1e-5
+    fill_defaults(args, DEFAULTS, model.small)
 
     # 2. Rankings, from a file or from the toy's human. All rows of some prompts are held out.
     if args.data:
@@ -331,23 +333,19 @@ def train(args):
     tokenizer.show(*rows[0]["group"][0])
 
     # 3. Evaluate before training. This also shows early whether the evaluation works.
-    before, _ = evaluate(model, tokenizer, held_out, args)
+    before, _ = evaluate("before", model, tokenizer, held_out, args)
 
     # 4. Batches: each epoch visits all rankings in a new order. All pairs of a prompt are in one
     #    batch: if they were spread over batches, each response would be learned from K - 1 times
     #    in an epoch, and the model would overfit (InstructGPT, 3.5).
-    steps = args.steps
-    if steps is None:
-        steps = args.epochs * math.ceil(len(rows) / args.batch_size)
+    steps = args.steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(rows, len(rows))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    run = fingerprint(args, rows)
-    start = load_state(args, model, optimizer, run)["step"]
-    log = open_log(args.out, start)
+    start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
@@ -370,28 +368,32 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step)
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+            run.save_state(step, model, optimizer)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         # 7. What to watch.
         row = {"step": step + 1, "lr": lr, "grad_norm": norm,
                "loss": sum(all_gather(float(sum(losses))))}
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(loss=row["loss"])
 
     # 8. Save, then evaluate again.
     save_model(model, tokenizer, args.out)
-    after, samples = evaluate(model, tokenizer, held_out, args)
-    report(args.out, {"before": before, "after": after}, samples,
-           panels=[["loss"], ["grad_norm"]])
-    return after
+    after, samples = evaluate("after", model, tokenizer, held_out, args)
+    run.report(before | after, samples, panels=[["loss"], ["grad_norm"]])
+    return after["after"]
+
+
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5), "rankings": (4608, 192, None)}
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"} or {"prompt", '
@@ -401,20 +403,22 @@ def parse_args(argv=None):
     flag("--loss", default="ranking", choices=["ranking", "best_of_k"],
          help="learn from all pairs of a ranking, or only from which response is the best")
     flag("--policy", help="toy: the model whose responses are ranked; None: --model")
-    flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
-    flag("--epochs", type=int, default=1, help="passes over the rankings")
-    flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int, default=16, help="prompts in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
+    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
+    flag("--epochs", type=number(1), default=1, help="passes over the rankings")
+    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type=number(1), default=16, help="prompts in an update")
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a training pass: bounds memory")
+    flag("--lora_rank", type=number(0), default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
-    flag("--rankings", type=int,
-         help="toy: prompts with ranked responses; None: 4608 below 10M parameters, else 192")
-    flag("--k", type=int, default=4, help="toy: responses to each prompt")
-    flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
+    flag("--rankings", type=number(1),
+         help="toy: prompts with ranked responses; " + by_size(DEFAULTS["rankings"]))
+    flag("--k", type=number(2), default=4, help="toy: responses to each prompt")
+    flag("--save_every", type=number(1), default=100,
+         help="updates between saved states, for --resume")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
 
 

@@ -24,22 +24,24 @@ in the pool once; the loss is a mean over the tokens of a batch.
 
 import argparse
 import itertools
-import json
 import math
 import random
+import warnings
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (fail, fingerprint, launch, load_model, load_state, open_folder, open_log,
-                   read_jsonl, read_row, report, save_model, save_state, say, split_by_prompt)
+from model import (Run, add_to_prompt, by_size, fail, fill_defaults, launch, load_model, number,
+                   read_jsonl, read_row, save_model, split_by_prompt)
 
-# ---------------------------------------------------------------------- pairs to learn from
-# The answers to a problem are its pool: D_x is problem["pool"].
+# ------------------------------------------------------------ pairs to learn from, and the loss
+# The answers to a problem are its pool: D_x is problem["pool"]. `weigh` is called in step 5 of
+# `train`, the loss in step 7.
 
 
 class Answer(NamedTuple):
@@ -88,6 +90,15 @@ def weigh(answers, alpha, beta):
     return pairs, pair_probabilities(improvement, proximity, hypothesis, alpha, beta).tolist()
 
 
+def sft_loss(logps, mask, normalizer=None):
+    """Mean negative log-likelihood of response tokens (InstructGPT 3.5), in nats per token.
+
+    logps, mask: (B, T), log-probs in nats, and 1 on response tokens. normalizer: the number of
+    response tokens in the whole update; the default is their number in this call. A scalar.
+    """
+    return -(logps * mask).sum() / (mask.sum() if normalizer is None else normalizer)
+
+
 # --------------------------------------------------------------------- log-probs of responses
 
 
@@ -111,17 +122,23 @@ class GatherLogps(torch.autograd.Function):
         grad = grad[:, None]  # (N, 1)
         # d logp / d logits = onehot(target) - softmax. The one-hot part needs no logits.
         grad_hidden = grad * weight[targets]  # (N, D)
-        grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
-        for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not with LoRA, where the head is frozen
+            grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
+        for i in range(0, len(weight), 4096):
+            w = weight[i:i + 4096]  # (C, D)
             grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
             grad_hidden.addmm_(grad_logits, w)
-            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(grad_logits.T, hidden)
+            if grad_weight is not None:
+                grad_weight[i:i + 4096].addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
 def gather_logps(hidden, weight, targets):
-    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,)."""
+    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,).
+
+    It equals (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1).
+    """
     return GatherLogps.apply(hidden, weight, targets)
 
 
@@ -150,15 +167,25 @@ def hidden_states(model, ids, where):
     return hidden.to(model.dtype)  # fp32
 
 
-def response_logps(model, sequences):
-    """Summed log-prob of each response, its EOS included, and its length in tokens: (B,), (B,)."""
-    ids, where, targets, rows = collate(sequences, model.device)
+def to_rows(flat, sequences, R):
+    """Numbers (N,) of all response tokens as a row for each response: (B, R), 0 after its end."""
+    rows = flat.split([len(response) for _, response in sequences])
+    rows = pad_sequence(rows, batch_first=True)  # (N,) -> (B, the longest of these responses)
+    return F.pad(rows, (0, R - rows.shape[1]))
+
+
+def token_logps(model, sequences, R):
+    """Log-prob of each response token: (B, R)."""
+    ids, where, targets, _ = collate(sequences, model.device)
     hidden = hidden_states(model, ids, where)  # (N, D)
     logps = gather_logps(hidden, model.get_output_embeddings().weight, targets)  # (N,)
-    zeros = logps.new_zeros(len(sequences))  # (B,)
-    sums = zeros.index_add(0, rows, logps)
-    lengths = zeros.index_add(0, rows, torch.ones_like(logps))
-    return sums, lengths
+    return to_rows(logps, sequences, R)
+
+
+def mask_of(sequences, device):
+    """Where the rows of a (B, R) tensor hold response tokens: (B, R), bool."""
+    ones = [torch.ones(len(response), dtype=torch.bool) for _, response in sequences]
+    return pad_sequence(ones, batch_first=True).to(device)  # (B, R)
 
 
 def split_batch(groups, max_tokens):
@@ -258,7 +285,7 @@ def toy_verdicts(topics, text):
 
 def toy_warm_up(model, tokenizer, problems, args):
     """A little SFT: half of each batch is drafting from the topics, half is copying a draft."""
-    say(f"warm-up: {args.warm_up} steps of SFT on drafting and on copying")
+    print(f"warm-up: {args.warm_up} steps of SFT on drafting and on copying")
     rng = random.Random(f"{args.seed} warm-up")
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     for step in tqdm(range(args.warm_up), "warm-up", disable=None):
@@ -267,8 +294,8 @@ def toy_warm_up(model, tokenizer, problems, args):
             draft = appraise(problem, toy_draft(rng, problem["topics"]), True, args)
             prompt = prompt_of(problem, draft if n % 2 else None)
             sequences.append(tokenizer.encode_example(prompt, draft.text, 512))
-        logps, lengths = response_logps(model, sequences)
-        (-logps.sum() / lengths.sum()).backward()
+        mask = mask_of(sequences, model.device)  # (b, r)
+        sft_loss(token_logps(model, sequences, mask.shape[1]), mask).backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 4e-3 * schedule(step, args.warm_up)
         optimizer.step()
@@ -291,15 +318,12 @@ def appraise(problem, text, ended, args):
 
 def prompt_of(problem, draft=None):
     """What the generator reads: x. With a draft, what the corrector reads: x, y and f(y)."""
-    prompt = problem["prompt"]
     if draft is None:
-        return prompt
+        return problem["prompt"]
     added = f"\nDraft:{draft.text}\n{draft.feedback}\nBetter:"
     if "topics" in problem:  # the toy's corrector is not told the topics
         return added.lstrip()
-    if isinstance(prompt, str):
-        return prompt + added
-    return [*prompt[:-1], dict(prompt[-1], content=prompt[-1]["content"] + added)]  # chat messages
+    return add_to_prompt(problem["prompt"], after=added)
 
 
 def read_problems(tokenizer, args, room):
@@ -307,10 +331,15 @@ def read_problems(tokenizer, args, room):
     if not args.data:
         return toy_problems(args.problems)
     rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
-    rows = [{key: row[key] for key in ("prompt", "answer")} for row in rows]
-    usable = [row for row in rows if len(tokenizer.encode_prompt(row["prompt"])) <= room]
-    say(f"{len(usable)} problems; left out: {len(rows) - len(usable)} that leave no room for "
-        "--max_new_tokens")
+    usable = []
+    for row in rows:
+        if len(tokenizer.encode_prompt(row["prompt"])) <= room:
+            # The answer as it would be learned: a chat template may write more than it.
+            example = tokenizer.encode_example(row["prompt"], row["answer"], 10**9)
+            usable.append({"prompt": row["prompt"], "answer": tokenizer.decode(example[1])})
+    no_room = len(rows) - len(usable)
+    print(f"{len(usable)} problems" + bool(no_room) *
+          f"; {no_room} left out that leave no room for --max_new_tokens")
     return split_by_prompt(usable, 256)[:2]
 
 
@@ -366,14 +395,12 @@ def schedule(step, steps, warmup=0.1):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The corrector, the generator and the problems. The toy begins with a warm-up. Without
     # --generator, the generator is the corrector as it is before training.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 1e-3 if model.small else 1e-5
+    fill_defaults(args, DEFAULTS, model.small)
     generator, its_tokenizer = model, tokenizer
     if args.generator:
         generator, its_tokenizer = load_model(args.generator, device=args.device)
@@ -381,7 +408,6 @@ def train(args):
     # A draft that is no valid UTF-8 can have three times as many tokens when it is encoded again.
     # Its correction takes one time more, and the words around it at most 32.
     problems, held_out = read_problems(tokenizer, args, context - 4 * args.max_new_tokens - 32)
-    run = fingerprint(args, problems)
     if not args.data:
         toy_warm_up(model, tokenizer, problems, args)
 
@@ -395,11 +421,10 @@ def train(args):
     steps = args.rounds * K
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    state = load_state(args, model, optimizer, run, pool=[])
+    state = run.load_state(model, optimizer, pool=[])
     start = state["step"]
     for problem, answers in zip(problems, state["pool"]):
         problem["pool"] = [Answer(*fields) for fields in answers]
-    log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
@@ -418,8 +443,8 @@ def train(args):
                 fail("no answer is better than another; use a larger --pool, or a --generator")
             count = sum(len(pairs) for _, pairs, _ in lessons)
             if count < args.batch_size:
-                tokenizer.note(f"there are only {count} pairs to learn from; use more problems, a "
-                               "larger --pool, or a --generator")
+                warnings.warn(f"there are only {count} pairs to learn from; use more problems, a "
+                              "larger --pool, or a --generator")
 
         # 6. A batch: draw problems, and for each a pair. Its drafts are equally likely.
         rng, batch = random.Random(f"{args.seed} {step}"), []
@@ -434,8 +459,10 @@ def train(args):
         tokens = sum(len(response) for _, response in batch)
         loss = 0.0
         for part in split_batch([[sequence] for sequence in batch], args.max_tokens):
-            logps, _ = response_logps(model, [batch[g] for g in part])  # (b,)
-            part_loss = -logps.sum() / tokens
+            sequences = [batch[b] for b in part]
+            mask = mask_of(sequences, model.device)  # (b, r)
+            logps = token_logps(model, sequences, mask.shape[1])  # (b, r)
+            part_loss = sft_loss(logps, mask, normalizer=tokens)
             part_loss.backward()
             loss += part_loss.detach()
 
@@ -444,53 +471,66 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step, pool=[
+            run.save_state(step, model, optimizer, pool=[
                 [tuple(answer) for answer in problem["pool"]] for problem in problems])
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         # 9. What to watch.
         row = {"step": step + 1, "lr": lr, "loss": float(loss), "grad_norm": norm}
         row["pool/value"] = fmean(y.value for problem in problems for y in problem["pool"])
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(loss=row["loss"])
 
     # 10. Save, then correct the drafts for the problems that were held out.
     save_model(model, tokenizer, args.out)
     columns, samples = evaluate(model, tokenizer, held_out, args)
-    report(args.out, columns, samples, panels=[["loss"], ["pool/value"]])
+    run.report(columns, samples, panels=[["loss"], ["pool/value"]])
     return list(columns.values())[-1]
+
+
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5)}
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
     flag("--out", default="runs/self_correct", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--generator", help="the model that drafts; None: --model as it is before training")
-    flag("--feedback", default="text", choices=["text", "none"], help="what the corrector is told")
-    flag("--alpha", type=float, default=10.0, help="higher draws large improvements more often")
-    flag("--beta", type=float, default=1.0, help="higher draws small edits more often")
-    flag("--pool", type=int, default=8, help="answers of the generator to each problem")
-    flag("--rounds", type=int, default=5, help="rounds of exploring and learning; 0: no learning")
-    flag("--explore", type=int, default=4, help="corrections to sample for each problem in a round")
-    flag("--corrections", type=int, default=3, help="evaluation: times that a draft is corrected")
-    flag("--epochs", type=float, default=4.0, help="passes over the problems in a round")
-    flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
-    flag("--batch_size", type=int, default=32, help="pairs in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
+    flag("--feedback", default="text", choices=["text", "none"],
+         help="what the corrector is told")
+    flag("--alpha", type=number(0.0), default=10.0,
+         help="higher draws large improvements more often")
+    flag("--beta", type=number(0.0), default=1.0, help="higher draws small edits more often")
+    flag("--pool", type=number(1), default=8, help="answers of the generator to each problem")
+    flag("--rounds", type=number(0), default=5,
+         help="rounds of exploring and learning; 0: no learning")
+    flag("--explore", type=number(1), default=4,
+         help="corrections to sample for each problem in a round")
+    flag("--corrections", type=number(0), default=3,
+         help="evaluation: times that a draft is corrected")
+    flag("--epochs", type=number(0.01), default=4.0, help="passes over the problems in a round")
+    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
+    flag("--batch_size", type=number(1), default=32, help="pairs in an update")
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a training pass: bounds memory")
+    flag("--lora_rank", type=number(0), default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--problems", type=int, default=512, help="toy: plays to learn from, and as many held out")
-    flag("--warm_up", type=int, default=300, help="toy: steps of SFT before the first round")
-    flag("--save_every", type=int, default=50, help="updates between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
+    flag("--problems", type=number(1, 2000), default=512,
+         help="toy: plays to learn from, and as many held out")
+    flag("--warm_up", type=number(0), default=300, help="toy: steps of SFT before the first round")
+    flag("--save_every", type=number(1), default=50,
+         help="updates between saved states, for --resume")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
 
 

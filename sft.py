@@ -18,20 +18,19 @@ selects a checkpoint by its reward model's score; here the last one is saved.
 """
 
 import argparse
-import json
 import math
 import random
 import re
-from statistics import mean
+from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
-                   say, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
+                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ------------------------------------------------------------------------------------ the loss
 
@@ -41,6 +40,7 @@ def sft_loss(logps, mask, normalizer=None):
 
     logps, mask: (B, T), log-probs in nats, and 1 on response tokens. normalizer: the number of
     response tokens in the whole update; the default is their number in this call. A scalar.
+    It is called in step 5 of `train`.
     """
     return -(logps * mask).sum() / (mask.sum() if normalizer is None else normalizer)
 
@@ -68,17 +68,23 @@ class GatherLogps(torch.autograd.Function):
         grad = grad[:, None]  # (N, 1)
         # d logp / d logits = onehot(target) - softmax. The one-hot part needs no logits.
         grad_hidden = grad * weight[targets]  # (N, D)
-        grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
-        for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not with LoRA, where the head is frozen
+            grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
+        for i in range(0, len(weight), 4096):
+            w = weight[i:i + 4096]  # (C, D)
             grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
             grad_hidden.addmm_(grad_logits, w)
-            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(grad_logits.T, hidden)
+            if grad_weight is not None:
+                grad_weight[i:i + 4096].addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
 def gather_logps(hidden, weight, targets):
-    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,)."""
+    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,).
+
+    It equals (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1).
+    """
     return GatherLogps.apply(hidden, weight, targets)
 
 
@@ -107,15 +113,25 @@ def hidden_states(model, ids, where):
     return hidden.to(model.dtype)  # fp32
 
 
-def response_logps(model, sequences):
-    """Summed log-prob of each response, its EOS included, and its length in tokens: (B,), (B,)."""
-    ids, where, targets, rows = collate(sequences, model.device)
+def to_rows(flat, sequences, R):
+    """Numbers (N,) of all response tokens as a row for each response: (B, R), 0 after its end."""
+    rows = flat.split([len(response) for _, response in sequences])
+    rows = pad_sequence(rows, batch_first=True)  # (N,) -> (B, the longest of these responses)
+    return F.pad(rows, (0, R - rows.shape[1]))
+
+
+def token_logps(model, sequences, R):
+    """Log-prob of each response token: (B, R)."""
+    ids, where, targets, _ = collate(sequences, model.device)
     hidden = hidden_states(model, ids, where)  # (N, D)
     logps = gather_logps(hidden, model.get_output_embeddings().weight, targets)  # (N,)
-    zeros = logps.new_zeros(len(sequences))  # (B,)
-    sums = zeros.index_add(0, rows, logps)
-    lengths = zeros.index_add(0, rows, torch.ones_like(logps))
-    return sums, lengths
+    return to_rows(logps, sequences, R)
+
+
+def mask_of(sequences, device):
+    """Where the rows of a (B, R) tensor hold response tokens: (B, R), bool."""
+    ones = [torch.ones(len(response), dtype=torch.bool) for _, response in sequences]
+    return pad_sequence(ones, batch_first=True).to(device)  # (B, R)
 
 
 def split_batch(groups, max_tokens):
@@ -135,19 +151,6 @@ def split_batch(groups, max_tokens):
             count = len(groups[g])
         parts[-1].append(g)
     return parts
-
-
-def batch_losses(model, examples, max_tokens):
-    """The loss of a batch of examples, in parts that add up to it.
-
-    Each part is divided by the number of response tokens in the whole batch. If it were divided by
-    its own tokens, a part with short responses would count too much.
-    """
-    tokens = sum(len(response) for _, response in examples)
-    for part in share(split_batch([[example] for example in examples], max_tokens)):
-        logps, _ = response_logps(model, [examples[i] for i in part])  # (b,)
-        # logps holds a sum for each response, so nothing is masked.
-        yield sft_loss(logps, torch.ones_like(logps), normalizer=tokens)
 
 
 @torch.no_grad()
@@ -253,11 +256,12 @@ def toy_rows(count, seed):
 
 def read_demonstrations(path, tokenizer):
     """The rows of a file. Of "messages" the last one is the completion, the others the prompt."""
-    rows = read_jsonl(path)
-    for row in rows:
-        if "messages" in row:
-            row["completion"] = row.pop("messages")
-    return [read_row(row, tokenizer, "completion") for row in rows]
+    rows = []
+    for row in read_jsonl(path):
+        key = "messages" if "messages" in row else "completion"
+        row = read_row(row, tokenizer, key)
+        rows.append(row | {"completion": row[key]})
+    return rows
 
 
 def encode_demonstrations(tokenizer, rows, args):
@@ -269,24 +273,34 @@ def encode_demonstrations(tokenizer, rows, args):
         if example:
             usable.append(dict(row, example=example))
     cut = sum(row["example"][1][-1] not in tokenizer.stop_ids for row in usable)
-    say(f"{len(usable)} demonstrations, {cut} responses cut at --max_length; left out: "
-        f"{len(rows) - len(usable)} without room for --max_new_tokens after the prompt")
-    return usable or fail("no demonstration is left; see --max_length and --max_new_tokens")
+    counts = {"demonstrations": len(usable),
+              "left out without room for --max_new_tokens": len(rows) - len(usable),
+              "responses cut at --max_length": cut}
+    found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(found)
+    return usable or fail(f"no demonstration is left: {found}")
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, rows, args):
-    """The loss on held-out rows, the true quality of samples (toy only), and the samples."""
+def evaluate(name, model, tokenizer, rows, args):
+    """{name: the loss on held-out rows, and in the toy the true quality of samples}, and samples.
+    """
     examples = [row["example"] for row in rows]
-    loss = float(sum(batch_losses(model, examples, args.max_tokens)))
+    tokens = sum(len(response) for _, response in examples)
+    loss = 0.0
+    for part in share(split_batch([[example] for example in examples], args.max_tokens)):
+        sequences = [examples[b] for b in part]
+        mask = mask_of(sequences, model.device)  # (b, r)
+        loss += float(sft_loss(token_logps(model, sequences, mask.shape[1]), mask, tokens))
     metrics = {"loss": sum(all_gather(loss))}
-    prompts = [prompt for prompt, _ in examples[:8 if args.data else None]]
-    responses = sample(model, tokenizer, prompts, args.max_new_tokens, args.seed,
-                       max_tokens=4 * args.max_tokens)
-    texts = [tokenizer.decode(response) for response in responses]
+    shown = rows[:8 if args.data else None]
+    responses = sample(model, tokenizer, [row["example"][0] for row in shown], args.max_new_tokens,
+                       args.seed, max_tokens=4 * args.max_tokens)
+    samples = [{"prompt": row["prompt"], name: tokenizer.decode(response)}
+               for row, response in zip(shown, responses)]
     if not args.data:
-        metrics["samples/true_reward"] = mean(map(toy_reward, texts))
-    return metrics, texts
+        metrics["samples/true_reward"] = fmean(toy_reward(row[name]) for row in samples)
+    return {name: metrics}, samples
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -300,47 +314,47 @@ def schedule(step, steps, warmup=0.1):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The model.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 1e-3 if model.small else 1e-5
+    fill_defaults(args, DEFAULTS, model.small)
 
     # 2. Demonstrations, from a file or of the toy. All rows of some prompts are held out.
     if args.data:
         rows = read_demonstrations(args.data, tokenizer)
     else:
-        rows = toy_rows(args.examples or (3400 if model.small else 640), args.seed)
+        rows = toy_rows(args.examples, args.seed)
     rows, held_out, _ = split_by_prompt(encode_demonstrations(tokenizer, rows, args), 200)
     examples = [row["example"] for row in rows]
     tokenizer.show(*examples[0])
 
     # 3. Evaluate before training. This also shows early whether the evaluation works.
-    before, old_texts = evaluate(model, tokenizer, held_out, args)
+    columns, samples = evaluate("before", model, tokenizer, held_out, args)
 
     # 4. Batches: each epoch visits all demonstrations in a new order.
-    steps = args.steps
-    if steps is None:
-        steps = args.epochs * math.ceil(len(examples) / args.batch_size)
+    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(examples, len(examples))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    run = fingerprint(args, examples)
-    start = load_state(args, model, optimizer, run)["step"]
-    log = open_log(args.out, start)
+    start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
-        # 5. The loss and its gradient, part by part.
-        loss = 0.0
-        for part in batch_losses(model, batches[step], args.max_tokens):
-            part.backward()
-            loss += part.detach()
+        # 5. The loss and its gradient, part by part. Each part is divided by the number of response
+        # tokens in the whole batch, so the parts add up to the batch's mean over tokens.
+        batch, loss = batches[step], 0.0
+        tokens = sum(len(response) for _, response in batch)
+        for part in share(split_batch([[example] for example in batch], args.max_tokens)):
+            sequences = [batch[b] for b in part]
+            mask = mask_of(sequences, model.device)  # (b, r)
+            logps = token_logps(model, sequences, mask.shape[1])  # (b, r)
+            part_loss = sft_loss(logps, mask, normalizer=tokens)
+            part_loss.backward()
+            loss += part_loss.detach()
 
         # 6. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
@@ -348,51 +362,56 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step)
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+            run.save_state(step, model, optimizer)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         # 7. What to watch.
         row = {"step": step + 1, "lr": lr, "grad_norm": norm, "loss": sum(all_gather(float(loss)))}
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(loss=row["loss"])
 
     # 8. Save, then compare with the model before training, and with the demonstrations.
     save_model(model, tokenizer, args.out)
-    after, new_texts = evaluate(model, tokenizer, held_out, args)
-    columns = {"before": before, "after": after}
+    after, new_samples = evaluate("after", model, tokenizer, held_out, args)
     if not args.data:
-        demonstrated = mean(toy_reward(row["completion"]) for row in held_out)
+        demonstrated = fmean(toy_reward(row["completion"]) for row in held_out)
         columns = {"people": {"samples/true_reward": demonstrated}} | columns
-    samples = [{"prompt": row["prompt"], "before": old, "after": new}
-               for row, old, new in zip(held_out, old_texts, new_texts)]
-    report(args.out, columns, samples, panels=[["loss"], ["grad_norm"], ["lr"]])
-    return after
+    samples = [old | new for old, new in zip(samples, new_samples)]
+    run.report(columns | after, samples, panels=[["loss"], ["grad_norm"], ["lr"]])
+    return after["after"]
+
+
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5), "examples": (3400, 640, None)}
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "completion"} or {"messages"}; None: toy')
     flag("--out", default="runs/sft", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--lr", type=float, help="peak learning rate; None: 1e-3 below 10M parameters, else 1e-5")
-    flag("--epochs", type=int, default=1, help="passes over the demonstrations")
-    flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int, default=32, help="demonstrations in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
+    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
+    flag("--epochs", type=number(1), default=1, help="passes over the demonstrations")
+    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type=number(1), default=32, help="demonstrations in an update")
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a training pass: bounds memory")
+    flag("--lora_rank", type=number(0), default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--examples", type=int,
-         help="toy: demonstrations to make; None: 3400 below 10M parameters, else 640")
-    flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
+    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
+    flag("--examples", type=number(1),
+         help="toy: demonstrations to make; " + by_size(DEFAULTS["examples"]))
+    flag("--save_every", type=number(1), default=100,
+         help="updates between saved states, for --resume")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
 
 

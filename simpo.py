@@ -18,10 +18,10 @@ policy near its start, so the KL divergence from the start is measured after tra
 """
 
 import argparse
-import json
 import math
 import random
 import re
+import warnings
 from statistics import fmean
 
 import torch
@@ -30,13 +30,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
-                   say, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
+                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The inputs of each loss, all (B,): log-probs of whole responses, summed over their tokens with
-# EOS, in nats, and the numbers of these tokens. Each loss returns (B,).
+# EOS, in nats, and the numbers of these tokens. Each loss returns (B,). They are called in step 4
+# of `train`.
 
 SUMS = ("cpo", "slic")  # these compare sums of log-probs; all other losses compare means
 
@@ -103,17 +103,23 @@ class GatherLogps(torch.autograd.Function):
         grad = grad[:, None]  # (N, 1)
         # d logp / d logits = onehot(target) - softmax. The one-hot part needs no logits.
         grad_hidden = grad * weight[targets]  # (N, D)
-        grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
-        for w, grad_w in zip(weight.split(4096), grad_weight.split(4096)):  # (C, D) each
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not with LoRA, where the head is frozen
+            grad_weight = torch.zeros_like(weight).index_add_(0, targets, grad * hidden)  # (V, D)
+        for i in range(0, len(weight), 4096):
+            w = weight[i:i + 4096]  # (C, D)
             grad_logits = (hidden @ w.T - logsumexp[:, None]).exp_().mul_(-grad)  # (N, C)
             grad_hidden.addmm_(grad_logits, w)
-            if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
-                grad_w.addmm_(grad_logits.T, hidden)
+            if grad_weight is not None:
+                grad_weight[i:i + 4096].addmm_(grad_logits.T, hidden)
         return grad_hidden, grad_weight, None
 
 
 def gather_logps(hidden, weight, targets):
-    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,)."""
+    """Log-prob of each target, in nats: hidden (N, D), weight (V, D), targets (N,) -> (N,).
+
+    It equals (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1).
+    """
     return GatherLogps.apply(hidden, weight, targets)
 
 
@@ -173,7 +179,7 @@ def split_batch(groups, max_tokens):
 
 
 @torch.no_grad()
-def score(model, groups, max_tokens):
+def group_logps(model, groups, max_tokens):
     """Summed log-probs of groups of K sequences, without gradient: (len(groups), K)."""
     logps = torch.zeros(len(groups), len(groups[0]))
     parts = share(split_batch(groups, max_tokens))
@@ -277,7 +283,7 @@ def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
     the Bradley-Terry model, and a longer ranking the Plackett-Luce model.
     """
     rng = random.Random(seed)
-    posts = [toy_post(rng) for _ in range(count or (2304 if model.small else 256))]
+    posts = [toy_post(rng) for _ in range(count)]
     asked = [tokenizer.encode_prompt(prompt) for prompt, _ in posts for _ in range(k)]
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
@@ -308,10 +314,13 @@ def encode_pairs(tokenizer, rows, args):
         elif pair[0] != pair[1]:  # equal responses would teach nothing
             usable.append(dict(row, pair=pair))
             cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
-    kept = (f"{len(usable)} pairs; left out: {no_room} without room for --max_new_tokens within "
-            f"--max_length, {len(rows) - len(usable) - no_room} with equal responses")
-    say(f"{kept}; {cut} responses cut at --max_length")
-    return usable or fail(kept)
+    counts = {"pairs": len(usable),
+              "left out without room for --max_new_tokens within --max_length": no_room,
+              "left out with equal responses": len(rows) - len(usable) - no_room,
+              "responses cut at --max_length": cut}
+    found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(found)
+    return usable or fail(f"no pair is left: {found}")
 
 
 def evaluate(policy, reference, tokenizer, test, args):
@@ -324,7 +333,7 @@ def evaluate(policy, reference, tokenizer, test, args):
     qualities = []
     for name, model in (("before", reference), ("after", policy)):
         # Held-out accuracy of the loss's own reward. Ties count as wrong.
-        rewards = score(model, pairs, args.max_tokens)  # (P, 2)
+        rewards = group_logps(model, pairs, args.max_tokens)  # (P, 2)
         if args.loss not in SUMS:
             rewards /= lengths
         metrics = {"rewards/accuracy": fmean(rewards[:, 0] > rewards[:, 1])}
@@ -349,8 +358,9 @@ def evaluate(policy, reference, tokenizer, test, args):
 
     # The KL divergence is estimated with the policy's samples, which are those drawn last.
     groups = [[(prompt, response)] for prompt, response in zip(asked, responses)]
-    log_ratios = score(policy, groups, args.max_tokens) - score(reference, groups, args.max_tokens)
-    after["kl/policy_reference"] = float(log_ratios.mean())  # (len(asked), 1) -> ()
+    log_ratios = (group_logps(policy, groups, args.max_tokens)
+                  - group_logps(reference, groups, args.max_tokens))  # (len(asked), 1)
+    after["kl/policy_reference"] = float(log_ratios.mean())
     return columns, samples
 
 
@@ -365,13 +375,11 @@ def schedule(step, steps, warmup=0.1):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The policy. No other model is needed until training is over.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 3e-4 if model.small else 1e-5 if args.data else 3e-5
+    fill_defaults(args, DEFAULTS, model.small)
 
     # 2. Pairs, from a file or from the toy's human. All pairs of some prompts are held out.
     if args.data:
@@ -384,19 +392,14 @@ def train(args):
     tokenizer.show(*pairs[0][0])
 
     # 3. Batches: each epoch visits all pairs in a new order.
-    batch_size = args.batch_size or (32 if model.small or args.data else 8)
-    steps = args.steps
-    if steps is None:
-        steps = args.epochs * math.ceil(len(pairs) / batch_size)
+    steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(pairs, len(pairs))
-        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    run = fingerprint(args, pairs)
-    start = load_state(args, model, optimizer, run)["step"]
-    log = open_log(args.out, start)
+    start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
@@ -430,8 +433,8 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step)
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+            run.save_state(step, model, optimizer)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -444,56 +447,70 @@ def train(args):
             "rewards/chosen": fmean(chosen),
             "rewards/rejected": fmean(rejected),
             "rewards/accuracy": fmean(chosen > rejected)}  # ties count as wrong
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(loss=row["loss"])
 
     # 7. Save, then compare with the model at the start, which is loaded again.
     save_model(model, tokenizer, args.out)
     reference, _ = load_model(args.model, device=args.device)
     columns, samples = evaluate(model, reference, tokenizer, test, args)
-    report(args.out, columns, samples, panels=[
+    run.report(columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"]])
     return columns["after"]
 
 
-def make_parser(losses):
-    """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = {"lr": (3e-4, 3e-5, 1e-5), "batch_size": (32, 8, 32), "pairs": (2304, 256, None)}
+
+
+def make_parser(text, defaults):
+    """The flags that SimPO shares with variants/rankings.py."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; None: the toy task')
     flag("--out", default="runs/simpo", help="folder for the model and what happened")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--loss", default=losses[0], choices=losses)
-    flag("--beta", type=float, help="scale of rewards; None: 2 for simpo, 0.1 for cpo")
-    flag("--gamma_beta_ratio", type=float, default=0.5, help="simpo: the margin gamma, over beta")
-    flag("--lam", type=float,
-         help="weight of the SFT term, and for orpo of the odds-ratio term; None: 1, orpo 0.1")
-    flag("--delta", type=float, default=1.0, help="slic: margin of the hinge, in nats")
-    flag("--lr", type=float,
-         help="peak learning rate; None: 3e-4 below 10M parameters, else 1e-5, in the toy 3e-5")
-    flag("--epochs", type=int, default=1, help="passes over the pairs")
-    flag("--steps", type=int, help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=int,
-         help="pairs in an update; None: 32, and 8 in the toy of a model above 10M parameters")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
+    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(defaults["lr"]))
+    flag("--epochs", type=number(1), default=1, help="passes over the data")
+    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type=number(1),
+         help="rows in an update; " + by_size(defaults["batch_size"]))
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a training pass: bounds memory")
+    flag("--lora_rank", type=number(0), default=0,
          help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=int, default=1024, help="tokens of prompt and response together")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--pairs", type=int, help="toy: pairs to sample; None: 2304 below 10M parameters, or 256")
+    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
+    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
+    flag("--pairs", type=number(1), help="toy: posts to summarise; " + by_size(defaults["pairs"]))
     flag("--length_bias", type=float, default=1.0,
          help="toy: how much the human likes each word; true quality, at most 1, counts 4 times")
-    flag("--save_every", type=int, default=100, help="updates between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--save_every", type=number(1), default=100,
+         help="updates between saved states, for --resume")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser
 
 
 def parse_args(argv=None):
     """The command line, with the defaults that differ between the losses."""
-    args = make_parser(["simpo", "cpo", "orpo", "slic"]).parse_args(argv)
+    parser = make_parser(__doc__, DEFAULTS)
+    flag = parser.add_argument
+    flag("--loss", default="simpo", choices=["simpo", "cpo", "orpo", "slic"],
+         help="what is minimised")
+    flag("--beta", type=number(0.0), help="scale of rewards; None: 2 for simpo, 0.1 for cpo")
+    flag("--gamma_beta_ratio", type=number(0.0), default=0.5,
+         help="simpo: the margin gamma, over beta")
+    flag("--lam", type=number(0.0),
+         help="weight of the SFT term, and for orpo of the odds-ratio term; None: 1, orpo 0.1")
+    flag("--delta", type=number(0.0), default=1.0, help="slic: margin of the hinge, in nats")
+    args = parser.parse_args(argv)
+    for name, losses in (("beta", ("simpo", "cpo")), ("gamma_beta_ratio", ("simpo",)),
+                         ("lam", ("cpo", "orpo", "slic")), ("delta", ("slic",))):
+        if args.loss not in losses and getattr(args, name) != parser.get_default(name):
+            warnings.warn(f"--{name} has no effect with --loss {args.loss}")
     if args.beta is None:
         args.beta = 2.0 if args.loss == "simpo" else 0.1
     if args.lam is None:

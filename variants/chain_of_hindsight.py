@@ -15,18 +15,17 @@ Departures from the paper: data are the model's own samples, as in HIR; the two 
 either order; past tokens are not masked at random, and there is no pretraining term.
 """
 
-import argparse
-import json
 import math
 import random
 
 import torch
 from tqdm import tqdm
 
-from hir import (ask, evaluate, hir_loss, output_statistics, read_tasks, sample_and_relabel,
-                 schedule, split_batch, toy_warm_up)
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, report, save_model, save_state, share)
+import hir
+from hir import (ask, evaluate, hir_loss, make_parser, output_statistics, read_tasks,
+                 sample_and_relabel, schedule, split_batch, toy_warm_up)
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
+                   save_model, share)
 
 GOOD, BAD = " Good:", " Bad:"
 
@@ -56,29 +55,25 @@ def chain_sequences(tokenizer, task, bad, good, rng):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The model and the tasks, as in hir.py. A prompt is followed by two outputs and two words.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 4e-3 if model.small else 1e-5
+    fill_defaults(args, hir.DEFAULTS, model.small)
     room = tokenizer.context - 2 * (args.max_new_tokens + len(tokenizer.encode(GOOD)))
-    tasks, groups = read_tasks(tokenizer, args, room)
-    run = fingerprint(args, tasks)
+    tasks, sets = read_tasks(tokenizer, args, room)
     if not args.data:
         toy_warm_up(model, tokenizer, args)
-    before = evaluate(model, tokenizer, groups, args, GOOD)
+    before, _ = evaluate("before", model, tokenizer, sets, args, GOOD)
 
     # 2. An episode is `count` samples and K updates. All samples are kept.
     count = args.rounds * args.batch_size
-    K = math.ceil(args.epochs * args.rounds)
+    K = math.ceil(args.updates_per_round * args.rounds)
     steps = args.episodes * K
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    state = load_state(args, model, optimizer, run, online=[])
+    state = run.load_state(model, optimizer, online=[])
     start, online = state["step"], state["online"]
-    log = open_log(args.out, start)
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
@@ -114,8 +109,8 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step, online=online)
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+            run.save_state(step, model, optimizer, online=online)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -126,48 +121,23 @@ def train(args):
         followed = [obeyed == wanted for _, wanted, obeyed, _ in online[-count:]]
         row["online/followed"] = sum(followed) / count
         row["online/used"] = len(examples) / len(online)
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(loss=f"{row['loss']:.3f}", followed=f"{row['online/followed']:.2f}")
 
     # 7. Save, then evaluate again.
     save_model(model, tokenizer, args.out)
-    after = evaluate(model, tokenizer, groups, args, GOOD)
+    after, _ = evaluate("after", model, tokenizer, sets, args, GOOD)
     samples = [{"asked": ask(*task), "bad": tokenizer.decode(bad), "good": tokenizer.decode(good)}
                for task, bad, good in examples[:8]]
-    report(args.out, {"before": before, "after": after}, samples, panels=[
+    run.report(before | after, samples, panels=[
         ["online/followed", "online/used"], ["loss"], ["entropy"]])
-    return after
+    return after["after"]
 
 
 def parse_args(argv=None):
-    """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
-    flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
-    flag("--out", default="runs/chain_of_hindsight", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--label_smoothing", type=float, default=0.2, help="probability that the loss spreads "
-         "over other tokens")
-    flag("--temperature", type=float, default=0.6, help="of the samples; at temperature 1, label "
-         "smoothing 0.2 makes every fifth token random, and the next episode trains on that")
-    flag("--episodes", type=int, default=8, help="times that samples are drawn and learned from")
-    flag("--rounds", type=int, default=8, help="batches of samples in an episode")
-    flag("--epochs", type=float, default=5.0,
-         help="updates of an episode, as passes over so many samples as it has")
-    flag("--lr", type=float, help="peak learning rate; None: 4e-3 below 10M parameters, else 1e-5")
-    flag("--batch_size", type=int, default=32, help="chains in an update")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=int, default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest sample")
-    flag("--samples", type=int, default=400, help="evaluation: samples for each group of tasks")
-    flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: an instruction asks "
-         "for a length; and a mood; and a topic")
-    flag("--warm_up", type=int, default=60, help="toy: steps of SFT before the first episode")
-    flag("--save_every", type=int, default=50, help="updates between saved states, for --resume")
-    flag("--seed", type=int, default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    """The flags that HIR and Chain of Hindsight share."""
+    parser = make_parser(__doc__)
+    parser.set_defaults(out="runs/chain_of_hindsight")
     return parser.parse_args(argv)
 
 

@@ -18,8 +18,6 @@ Departures: a mismatched response is a response to another prompt, drawn once be
 that the reference scores it only once; the paper shifts each batch by one. Others as in dpo.py.
 """
 
-import argparse
-import json
 import math
 import random
 
@@ -27,11 +25,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from dpo import evaluate, response_logps, schedule, score, split_batch, toy_pairs
-from dpo import parse_args as parse_dpo_args
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, read_row, report, save_model, save_state,
-                   say, share, split_by_prompt)
+import dpo
+from dpo import (evaluate, group_logps, make_parser, response_logps, schedule, split_batch,
+                 toy_pairs)
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model, number,
+                   read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ----------------------------------------------------------------------------------- the loss
 
@@ -76,10 +74,10 @@ def encode_examples(tokenizer, rows, args):
             elif texts.count(text) == 1:  # a pair of equal ones would teach nothing
                 examples.append({"prompt": prompt, "response": text, "desirable": desirable,
                                  "sequence": sequence})
-    kept = (f"{len(examples)} responses of {len(rows)} rows; left out: {no_room} without room for "
-            "--max_new_tokens within --max_length, and those of pairs with equal responses")
-    say(kept)
-    return examples or fail(kept)
+    found = f"{len(examples)} responses of {len(rows)} rows" + bool(no_room) * (
+        f"; {no_room} left out without room for --max_new_tokens within --max_length")
+    print(found)
+    return examples or fail(f"no response is left: {found}; those of equal pairs teach nothing")
 
 
 def add_mismatched(tokenizer, examples, pool, args):
@@ -100,13 +98,11 @@ def add_mismatched(tokenizer, examples, pool, args):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The policy. Before its first step it is also the reference.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 5e-4 if model.small else 1e-5
+    fill_defaults(args, DEFAULTS, model.small)
 
     # 2. Labelled responses. All responses to some prompts are held out; they may still serve as
     # mismatched responses, from which nothing is learned.
@@ -121,28 +117,23 @@ def train(args):
     tokenizer.show(*groups[0][0])
 
     # 3. The reference's log-probs, computed while the policy still is the reference.
-    reference_logps = score(model, groups, args.max_tokens)  # (examples, 2)
+    reference_logps = group_logps(model, groups, args.max_tokens)  # (examples, 2)
 
     # 4. Batches: each epoch visits all examples in a new order.
-    batch_size = args.batch_size or 32
-    steps = args.steps
-    if steps is None:
-        steps = args.epochs * math.ceil(len(groups) / batch_size)
+    steps = args.steps or args.epochs * math.ceil(len(groups) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
-        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  eps=1e-4 if model.small else 1e-8, fused=True)  # as in dpo.py
-    run = fingerprint(args, [groups, desirable.tolist()])
-    start = load_state(args, model, optimizer, run)["step"]
-    log = open_log(args.out, start)
+                                  eps=3e-4 if model.small else 1e-8, fused=True)  # as in dpo.py
+    start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
         # 5. The reference point: how far the policy has moved on mismatched responses.
         batch, seen = batches[step], [torch.zeros(4, 0, device=model.device)]
-        mismatched = score(model, [[groups[i][1]] for i in batch], args.max_tokens)  # (B, 1)
+        mismatched = group_logps(model, [[groups[i][1]] for i in batch], args.max_tokens)  # (B, 1)
         kl = (mismatched[:, 0] - reference_logps[batch, 1]).mean().clamp(min=0)  # (B,) -> ()
 
         # 6. The loss and its gradient, part by part.
@@ -165,8 +156,8 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step)
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+            run.save_state(step, model, optimizer)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -181,7 +172,7 @@ def train(args):
             if mask.any():
                 row[f"logps/{side}"] = float(logps[mask].mean())
                 row[f"rewards/{side}"] = float(rewards[mask].mean())
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(loss=row["loss"])
 
     # 9. Save, then compare with the reference. The test pairs are a desirable and an undesirable
@@ -191,31 +182,32 @@ def train(args):
     good, bad = ([example["sequence"] for example in held_out if example["desirable"] == label]
                  for label in (True, False))
     test = list(zip(good, bad)) or [(good + bad)[:1] * 2]  # evaluate needs at least one pair
-    before, after, texts = evaluate(model, reference, tokenizer, test, prompts[:8], args)
+    columns, samples = evaluate(model, reference, tokenizer, test, prompts[:8], args)
     if not good or not bad:
-        del after["rewards/accuracy"]
-    samples = [{"prompt": prompt, "before": old, "after": new}
-               for prompt, old, new in zip(prompts, *texts)]
-    report(args.out, {"before": before, "after": after}, samples, panels=[
+        del columns["after"]["rewards/accuracy"]
+    run.report(columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"],
         ["logps/chosen", "logps/rejected"]])
-    return after
+    return columns["after"]
+
+
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = dpo.DEFAULTS | {"lr": (5e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32)}
 
 
 def parse_args(argv=None):
-    """The flags that only KTO has, and those of dpo.py."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="The other flags are those of dpo.py, see python dpo.py --help. --loss, "
-        "--label_smoothing and --alpha have no effect. None means --batch_size 32, which counts "
-        "responses, and --lr 5e-4 below 10M parameters, else 1e-5.")
+    """The flags that DPO and KTO share, and those that only KTO has."""
+    parser = make_parser(__doc__, DEFAULTS)
     flag = parser.add_argument
-    flag("--lambda_desirable", type=float, default=1.0, help="weight of desirable responses")
-    flag("--lambda_undesirable", type=float, default=1.0, help="weight of undesirable responses")
-    own, rest = parser.parse_known_args(argv)
-    args = parse_dpo_args(["--out", "runs/kto"] + rest)
-    return argparse.Namespace(**vars(args), **vars(own))
+    flag("--beta", type=number(0.0), default=0.5,
+         help="price of a nat of KL from the reference; 0.1 is usual with --data")
+    flag("--lambda_desirable", type=number(0.0), default=1.0,
+         help="weight of desirable responses")
+    flag("--lambda_undesirable", type=number(0.0), default=1.0,
+         help="weight of undesirable responses")
+    parser.set_defaults(out="runs/kto")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

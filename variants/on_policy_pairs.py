@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from model import RANK, fail, launch, load_model, open_folder, read_jsonl, read_row, say
+from model import RANK, Run, fail, launch, load_model, number, read_jsonl, read_row
 from reward_model import sample, toy_prompts, toy_reward
 from variants.win_rate import load_judge, score_responses
 
@@ -33,6 +33,8 @@ def best_and_worst(samples):
 
     samples: rows of one prompt, {"prompt", "response", "score"}.
     """
+    if not samples:
+        return None
     best = max(samples, key=lambda row: row["score"])
     worst = min(samples, key=lambda row: row["score"])
     if best["score"] == worst["score"]:
@@ -55,7 +57,7 @@ def write_lines(folder, name, rows):
 
 def collect(args):
     """Sample, score, and write the pairs. Returns them."""
-    open_folder(args)
+    run = Run(args)
     model, tokenizer = load_model(args.model, device=args.device)
     judge = load_judge(args.reward_model, args.device) if args.reward_model else None
     if args.data:
@@ -76,42 +78,51 @@ def collect(args):
     temperature = args.temperature or 1e-4  # for 0: it draws the likeliest token, too
     responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed, temperature,
                        max_tokens=4 * args.max_tokens)
-    samples = [{"prompt": prompts[i // args.n], "response": tokenizer.decode(ids, whole=True)}
-               for i, ids in enumerate(responses)]
+    texts = [tokenizer.decode(ids, whole=True) for ids in responses]
+    groups = [[{"prompt": prompt, "response": text} for text in texts[i * args.n:][:args.n] if text]
+              for i, prompt in enumerate(prompts)]
+    samples = [row for group in groups for row in group]
+    if not samples:
+        fail("no sample holds a whole sentence; use a higher --max_new_tokens")
     scores = [toy_reward(row["response"]) for row in samples]
     if judge:
         scores = score_responses(*judge, samples, args.max_tokens).tolist()
     for row, score in zip(samples, scores):
         row["score"] = score
 
-    groups = [samples[i:i + args.n] for i in range(0, len(samples), args.n)]
     pairs = [pair for pair in map(best_and_worst, groups) if pair]
-    kept = (f"{len(pairs)} pairs; left out: {len(rows) - len(prompts)} prompts without room for "
-            f"--max_new_tokens, {len(groups) - len(pairs)} whose responses all score the same")
-    say(kept)
+    counts = {"pairs": len(pairs),
+              "prompts left out without room for --max_new_tokens": len(rows) - len(prompts),
+              "prompts left out whose responses all score the same": len(groups) - len(pairs),
+              "responses left out without a whole sentence": len(texts) - len(samples)}
+    found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(found)
     if not pairs:
-        fail(kept)
+        fail(f"no pair is left: {found}")
+    run.begin()
     write_lines(args.out, "samples.jsonl", samples)
     write_lines(args.out, "pairs.jsonl", pairs)
-    say(f"they are in {args.out}/pairs.jsonl")
+    print(f"they are in {args.out}/pairs.jsonl")
     return pairs
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="tiny", help="the policy: tiny, a folder, or a hub id such as gpt2")
     flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
     flag("--data", help='JSON Lines file of {"prompt"}; None: the toy task')
     flag("--out", default="runs/on_policy_pairs", help="folder for pairs.jsonl and samples.jsonl")
-    flag("--n", type=int, default=5, help="responses to each prompt")
-    flag("--temperature", type=float, default=1.0, help="of sampling; SimPO took 0.8")
-    flag("--max_new_tokens", type=int, default=64, help="tokens of the longest response")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a scoring pass: bounds memory")
-    flag("--prompts", type=int, default=2048, help="toy: prompts to sample for")
-    flag("--seed", type=int, default=0, help="the same seed gives the same pairs")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--n", type=number(2), default=5, help="responses to each prompt")
+    flag("--temperature", type=number(0.0), default=1.0, help="of sampling; SimPO took 0.8")
+    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest response")
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a scoring pass: bounds memory")
+    flag("--prompts", type=number(1), default=2048, help="toy: prompts to sample for")
+    flag("--seed", type=number(0), default=0, help="the same seed gives the same pairs")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.set_defaults(resume=False)
     return parser.parse_args(argv)
 

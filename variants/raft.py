@@ -18,20 +18,21 @@ Departures from the paper: the learning rate falls to 0 over the run, and the op
 kept from step to step. There is no penalty: --beta is only what J is measured with.
 """
 
-import json
 import math
 import random
+from statistics import fmean
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, report, save_model, save_state, share)
-from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_parser, per_token,
-                      rollout, schedule, split_batch, token_logps, toy_grammatical, toy_reward,
-                      yardstick)
+import ppo_rlhf
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model, number,
+                   save_model, share)
+from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_parser, mask_of,
+                      per_token, rollout, schedule, split_batch, token_logps, toy_grammatical,
+                      toy_reward, yardstick)
+from sft import sft_loss
 
 # ---------------------------------------------------------------------------------- best of n
 
@@ -49,14 +50,13 @@ def best_of_n_log_ratio(rewards, pool, n):
 
 
 def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
-    """Metrics of the reference and of the best of n of its samples, and samples of both."""
-    count = args.samples or (256 if reference.small else 8)
+    """{"before": metrics of the reference, "after": of the best of n of its samples}, and samples.
+    """
+    count = args.samples
     _, single, old_texts, before = rollout(
-        reference, reward, tokenizer, prompts,
-        count, args.seed, args)  # single: (P, count)
+        reference, reward, tokenizer, prompts, count, args.seed, args)  # single: (P, count)
     sequences, scores, texts, _ = rollout(
-        reference, reward, tokenizer, prompts,
-        count * args.n, args.seed + 1, args)
+        reference, reward, tokenizer, prompts, count * args.n, args.seed + 1, args)
     best = scores.view(-1, args.n).argmax(1)  # (P, count * n) -> (P * count, n) -> (P * count,)
     best = [i * args.n + b for i, b in enumerate(best.tolist())]  # places among all samples
     texts = [texts[i] for i in best]
@@ -68,11 +68,11 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     log_ratio = best_of_n_log_ratio(rewards, pool, args.n)  # (P, 2 * count)
     after = {
         "scores/mean": float(chosen.mean()),
-        "samples/tokens": sum(map(len, responses)) / len(responses)}
+        "samples/tokens": fmean(map(len, responses))}
     if not args.data:
-        after["samples/true_reward"] = sum(map(toy_reward, texts)) / len(texts)
+        after["samples/true_reward"] = fmean(map(toy_reward, texts))
         if reference.small:
-            after["samples/grammatical"] = sum(map(toy_grammatical, texts)) / len(texts)
+            after["samples/grammatical"] = fmean(map(toy_grammatical, texts))
     after["kl/policy_reference"] = float(log_ratio[:, count:].mean())
     after["kl/bound"] = math.log(args.n) - (args.n - 1) / args.n
     if args.beta:  # the yardstick reads only the difference of the two log-probs
@@ -80,7 +80,7 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
     shown = zip(prompts, old_texts[::count], texts[::count])
     samples = [{"prompt": prompt, "before": old_text, "after": new_text}
                for prompt, old_text, new_text in shown]
-    return before, after, samples
+    return {"before": before, "after": after}, samples
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -88,30 +88,24 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The policy, the reference, the prompts, and the reward model if there is one.
     policy, tokenizer = load_model(args.model, "lm", args.device, args.lora_rank)
+    fill_defaults(args, ppo_rlhf.DEFAULTS, policy.small)
     reference, other = load_model(args.reference or args.model, "lm", args.device)
     if other.transformers.get_vocab() != tokenizer.transformers.get_vocab():
         fail(f"--reference {args.reference}: its tokenizer is not that of --model {args.model}")
     prompts, held_out = load_prompts(tokenizer, policy.small, args)
     reward = load_reward(reference, tokenizer, prompts, args)
     if args.best_of_n:
-        open_log(args.out, 0)  # empties it
-        before, after, samples = evaluate_best_of_n(reference, reward, tokenizer, held_out,
-                                                    args)
-        report(args.out, {"before": before, "after": after}, samples, panels=[])
-        return after
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 2e-4 if policy.small else 1e-5 if args.data else 3e-5
+        run.begin()
+        columns, samples = evaluate_best_of_n(reference, reward, tokenizer, held_out, args)
+        run.report(columns, samples, panels=[])
+        return columns["after"]
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
-
-    run = fingerprint(args, prompts)
-    start = load_state(args, policy, optimizer, run)["step"]
-    log = open_log(args.out, start)
+    start = run.load_state(policy, optimizer)["step"]
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in progress:
@@ -122,64 +116,68 @@ def train(args):
         sequences, scores, _, row = rollout(policy, reward, tokenizer, asked, args.n,
                                             rng.getrandbits(62), args)  # scores: (P, n)
         best = [sequences[p * args.n + b] for p, b in enumerate(scores.argmax(1).tolist())]
+        if step % args.save_every == 0:
+            run.save_state(step, policy, optimizer)
 
         # 3. How far the policy is from the reference, on all samples.
         logps = per_token(token_logps, policy, sequences, args.max_tokens)  # (B, R)
         reference_logps = per_token(token_logps, reference, sequences, args.max_tokens)
-        mask = [torch.ones(len(response), dtype=torch.bool) for _, response in sequences]
-        mask = pad_sequence(mask, batch_first=True).to(policy.device)  # (B, R)
+        mask = mask_of(sequences, policy.device)  # (B, R)
         k1, k3 = kl_estimates(logps, reference_logps, mask)
 
         # 4. A few passes over the best responses, in minibatches, with the loss of SFT.
-        optimizer.param_groups[0]["lr"] = row["lr"] = peak_lr * schedule(step, args.steps)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args.steps)
         losses, norms = [], []
-        passes = [rng.sample(best, P) for _ in range(args.ppo_epochs)]
-        for minibatch in [order[i::2] for order in passes
-                          for i in range(min(2, P))]:
+        passes = [rng.sample(best, P) for _ in range(args.epochs)]
+        for minibatch in [order[i::2] for order in passes for i in range(min(2, P))]:
             tokens = sum(len(response) for _, response in minibatch)
-            parts = split_batch([[sequence] for sequence in minibatch], args.max_tokens)
-            for part in share(parts):
-                loss = -token_logps(policy, [minibatch[g] for g in part]).sum() / tokens
+            for part in share(split_batch([[x] for x in minibatch], args.max_tokens)):
+                part = [minibatch[b] for b in part]
+                own = mask_of(part, policy.device)  # (b, r)
+                loss = sft_loss(token_logps(policy, part, own.shape[1]), own, normalizer=tokens)
                 loss.backward()
                 losses.append(loss.detach())
 
             add_gradients(policy)
-            # A state is saved before the first update, and only if the gradient is finite.
             norms.append(float(clip_grad_norm_(policy.parameters(), 1.0)))
             if not math.isfinite(norms[-1]):
                 fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
-            if len(norms) == 1 and step % args.save_every == 0:
-                save_state(args.out, policy, optimizer, run=run, step=step)
             optimizer.step()
             optimizer.zero_grad()
 
         # 5. What to watch.
         row |= {"step": step + 1,
+                "lr": lr,
                 "kl/policy_reference": float(k1),
                 "kl/k3": float(k3),
                 "scores/std_per_prompt": float(scores.std(1, correction=0).mean()),
                 "policy/loss": sum(all_gather(float(sum(losses)))) / len(norms),
                 "policy/entropy": -float(logps.sum() / mask.sum()),
-                "policy/grad_norm": sum(norms) / len(norms)}
-        log.write(json.dumps(row) + "\n")
+                "policy/grad_norm": fmean(norms)}
+        run.log(row)
         progress.set_postfix(score=row["scores/mean"], kl=row["kl/policy_reference"])
 
     # 6. Save, then compare with the reference.
     save_model(policy, tokenizer, args.out)
-    before, after, samples = evaluate(policy, reference, reward, tokenizer, held_out, args)
-    report(args.out, {"before": before, "after": after}, samples, panels=[
+    columns, samples = evaluate(policy, reference, reward, tokenizer, held_out, args)
+    run.report(columns, samples, panels=[
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
         ["policy/loss", "policy/entropy"]])
-    return after
+    return columns["after"]
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = make_parser()
+    parser = make_parser(__doc__)
+    flag = parser.add_argument
+    flag("--beta", type=number(0.0), default=0.5,
+         help="evaluation: price of a nat of KL in J; training has no penalty")
+    flag("--epochs", type=number(1), default=4,
+         help="passes over a step's best samples, two updates each")
+    flag("--best_of_n", action="store_true",
+         help="no training: compare single samples with the best of --n samples")
     parser.set_defaults(out="runs/raft")
-    parser.add_argument("--best_of_n", action="store_true",
-                        help="no training: compare single samples with the best of --n samples")
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,6 @@ Departure from both papers: files hold ranks (1 is best, ties are allowed) inste
 score r of a response is the number of different worse ranks.
 """
 
-import json
 import math
 import random
 from statistics import fmean
@@ -27,9 +26,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (add_gradients, all_gather, fail, fingerprint, launch, load_model, load_state,
-                   open_folder, open_log, read_jsonl, report, save_model, save_state, share,
-                   split_by_prompt)
+import simpo
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model, number,
+                   read_jsonl, save_model, share, split_by_prompt)
 from reward_model import read_ranking
 from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule, split_batch,
                    toy_summaries)
@@ -111,13 +110,11 @@ def encode_rankings(tokenizer, rows, args):
 
 def train(args):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
-    open_folder(args)
+    run = Run(args)
 
     # 1. The policy.
     model, tokenizer = load_model(args.model, device=args.device, lora_rank=args.lora_rank)
-    peak_lr = args.lr
-    if peak_lr is None:
-        peak_lr = 3e-4 if model.small else 1e-5
+    fill_defaults(args, DEFAULTS, model.small)
 
     # 2. Rankings, from a file or from the toy's human. All rankings of some prompts are held out.
     if args.data:
@@ -130,19 +127,14 @@ def train(args):
     tokenizer.show(*rows[0]["pair"][0])
 
     # 3. Batches: each epoch visits all rankings in a new order.
-    batch_size = args.batch_size or 32
-    steps = args.steps
-    if steps is None:
-        steps = args.epochs * math.ceil(len(rankings) / batch_size)
+    steps = args.steps or args.epochs * math.ceil(len(rankings) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(rankings, len(rankings))
-        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    run = fingerprint(args, rankings)
-    start = load_state(args, model, optimizer, run)["step"]
-    log = open_log(args.out, start)
+    start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
     for step in progress:
@@ -173,8 +165,8 @@ def train(args):
         if not math.isfinite(norm):
             fail(f"step {step + 1}: the gradient is not finite; use a lower --lr")
         if step % args.save_every == 0:
-            save_state(args.out, model, optimizer, run=run, step=step)
-        optimizer.param_groups[0]["lr"] = lr = peak_lr * schedule(step, steps)
+            run.save_state(step, model, optimizer)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -187,28 +179,31 @@ def train(args):
             "rewards/chosen": fmean(best),
             "rewards/rejected": fmean(worst),
             "rewards/accuracy": fmean(best > worst)}  # ties count as wrong
-        log.write(json.dumps(row) + "\n")
+        run.log(row)
         progress.set_postfix(loss=row["loss"])
 
     # 7. Save, then compare with the model at the start, which is loaded again.
     save_model(model, tokenizer, args.out)
     reference, _ = load_model(args.model, device=args.device)
     columns, samples = evaluate(model, reference, tokenizer, test, args)
-    report(args.out, columns, samples, panels=[
+    run.report(columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"]])
     return columns["after"]
 
 
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = simpo.DEFAULTS | {"lr": (3e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32)}
+
+
 def parse_args(argv=None):
-    """The command line of simpo.py with other losses; --lam is the weight of the SFT term."""
-    parser = make_parser(["rrhf", "pro"])
+    """The flags that SimPO and rankings share, and those that only rankings have."""
+    parser = make_parser(__doc__, DEFAULTS)
+    flag = parser.add_argument
+    flag("--loss", default="rrhf", choices=["rrhf", "pro"], help="what is minimised")
+    flag("--lam", type=number(0.0),
+         help="weight of the SFT term; None: 1 for rrhf, 0.05 (K - 1)^2 for pro")
     parser.set_defaults(out="runs/rankings")
-    parser.description = (
-        "The flags of simpo.py. --data also takes {prompt, responses, ranks}. --lam is the weight "
-        "of the SFT term; None: 1 for rrhf, 0.05 (K - 1)^2 for pro. --batch_size None is 32, --lr "
-        "None is 3e-4 below 10M parameters, else 1e-5. --beta, --gamma_beta_ratio and --delta have "
-        "no effect.")
     return parser.parse_args(argv)
 
 

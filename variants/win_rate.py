@@ -22,7 +22,7 @@ import json
 import torch
 from tqdm import tqdm
 
-from model import fail, launch, load_model, open_folder, read_jsonl, read_row, report, say
+from model import Run, fail, launch, load_model, number, read_jsonl, read_row
 from reward_model import reward_scores, split_batch
 
 
@@ -45,8 +45,9 @@ def score_responses(judge, tokenizer, rows, max_tokens):
     """The judge's score of the "response" to the "prompt" of each row: (len(rows),)."""
     examples = [tokenizer.encode_example(row["prompt"], row["response"], tokenizer.context)
                 for row in rows]
-    if None in examples:
-        fail(f"the judge's context of {tokenizer.context} tokens is too short for a prompt")
+    if None in examples or any(ids[-1] not in tokenizer.stop_ids for _, ids in examples):
+        fail(f"the judge's context of {tokenizer.context} tokens is too short for a prompt and its "
+             "response; leave out long ones, or take another judge")
     scores = torch.zeros(len(rows))
     parts = split_batch([[example] for example in examples], max_tokens)
     for part in tqdm(parts, "scores", leave=False, disable=None):
@@ -66,13 +67,13 @@ def match(first, second):
         if others:
             pairs.append((row, others.pop(0)))
     left_out = len(first) + len(second) - 2 * len(pairs)
-    say(f"{len(pairs)} pairs; {left_out} rows have no partner in the other file")
+    print(f"{len(pairs)} pairs; {left_out} rows have no partner in the other file")
     return pairs or fail("no prompt is in both files")
 
 
 def compare(args):
     """Score all pairs; print and keep the win rate of each side. Returns the metrics of B."""
-    open_folder(args)
+    run = Run(args)
     judge, tokenizer = load_judge(args.judge, args.device)
     files = [[read_row(row, tokenizer, "response") for row in read_jsonl(path)]
              for path in (args.A, args.B)]
@@ -84,20 +85,23 @@ def compare(args):
         "B": {"win_rate": rate, "scores/mean": float(b.mean()), "standard_error": error}}
     samples = [{"prompt": one["prompt"], f"A {x:+.2f}": one["response"],
                 f"B {y:+.2f}": other["response"]} for (one, other), x, y in zip(pairs, a, b)]
-    report(args.out, columns, samples, panels=[])
+    run.begin()
+    run.report(columns, samples, panels=[])
     return columns["B"]
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("A", help='JSON Lines file of {"prompt", "response"}')
     flag("B", help="another one, with the same prompts")
     flag("--judge", required=True, help="folder or hub id of a reward model")
     flag("--out", default="runs/win_rate", help="folder for the table and the scored responses")
-    flag("--max_tokens", type=int, default=4096, help="tokens in a scoring pass: bounds memory")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--max_tokens", type=number(1), default=4096,
+         help="tokens in a scoring pass: bounds memory")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.set_defaults(resume=False)
     return parser.parse_args(argv)
 
