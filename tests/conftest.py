@@ -70,6 +70,29 @@ def tiny():
     return load_model("tiny")
 
 
+def in_float64(load_model):
+    """load_model for scripts that are compared: in fp32 Adam turns the rounding of a gradient near
+    0, which differs from processor to processor, into a step as long as any."""
+    def load(*args, **rest):
+        model, tokenizer = load_model(*args, **rest)
+        return model.double(), tokenizer
+
+    return load
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """A function that lets modules compute in float64."""
+    def use(*modules):
+        load = in_float64(modules[0].load_model)
+        for module in modules:
+            monkeypatch.setattr(module, "load_model", load)
+
+    torch.set_default_dtype(torch.float64)
+    yield use
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def one_seed():
     torch.manual_seed(0)

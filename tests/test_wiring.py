@@ -624,26 +624,11 @@ def run(script, flags, out, **stubs):
     return [json.loads(line) for line in lines], load_file(out / "model.safetensors")
 
 
-@pytest.fixture
-def float64(monkeypatch):
-    """The scripts in float64, too: in fp32 Adam would turn the rounding of a gradient near 0, which
-    differs from processor to processor, into a step as long as any."""
-    def load_model(*args, **rest):
-        model, tokenizer = fp32(*args, **rest)
-        return model.double(), tokenizer
-
-    fp32 = helper.load_model
-    for script in {helper, *PARENT, *NOTHING}:
-        monkeypatch.setattr(script, "load_model", load_model)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_steps_equal_a_plain_derivation(case, tmp_path, float64):
     """All logged numbers and the new weights, with the flags off their defaults."""
     script, derive, flags = CASES[case]
+    float64(script, PARENT.get(script, script))
     choice = "dpo" if case in ("cdpo", "kto", "kto_labels") else case  # of --loss or --algo
     calls, problems = [], copy.deepcopy(PROBLEMS)
     texts = list(DRAFTS if script is self_correct else REVIEWS)
@@ -761,6 +746,7 @@ def test_seeds_and_held_out_prompts(name, tmp_path):
 @pytest.mark.parametrize("script", [dpo, ppo_rlhf])
 def test_evaluation_equals_a_plain_derivation(script, monkeypatch, float64):
     """The table; J is reward - beta KL, of the reference the reward alone. (J*: test_optima.py)"""
+    float64(helper)
     (policy, tokenizer), (reference, _) = map(helper.load_model, ("tiny", "reference"))
     n, test = 60, PROMPTS[:2]
     drawn = {probe(reference): ([BAD, KIND, FAIR, MIXED, CUT] * n)[:n],
