@@ -164,7 +164,7 @@ def test_ctrl_c_from_a_terminal(tmp_path):
 
 
 GOOD, BAD = " The plot was superb.", " The plot was dull."
-PROMPTS = [f"I saw film number {i}." for i in range(60)]
+PROMPTS = [f"I saw film number {i}." for i in range(160)]
 
 
 @pytest.fixture(scope="module")
@@ -191,30 +191,30 @@ def test_a_console_of_another_encoding():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+# Each bound is at least 3 standard deviations, over four seeds, below the worst of these seeds.
 IMPROVES = [
-    ("sft", "--examples 480 --lr 2e-3 --max_new_tokens 24", "samples/true_reward", 0.5, 0.5),
-    ("reward_model", "--data {own}/pairs --steps 16 --batch_size 8", "pairs/accuracy", 0.05, 0.98),
-    ("ppo_rlhf", "--samples 16 --steps 5 --batch_size 48 --ppo_epochs 3 --beta 0.1 --lr 1e-3 "
-     "--max_new_tokens 24", "samples/true_reward", 1, 0.8),
-    ("dpo", "--pairs 640 --samples 16 --lr 1e-3 --max_new_tokens 24",
-     "samples/true_reward", 0.4, 0.3),
+    ("sft", "--examples 960 --lr 2e-3 --max_new_tokens 24", "samples/true_reward", 0.7),
+    ("reward_model", "--data {own}/pairs --steps 16 --batch_size 8", "pairs/accuracy", 0.9),
+    ("ppo_rlhf", "--samples 16 --steps 5 --batch_size 48 --ppo_epochs 3 --beta 0.2 --lr 1e-3 "
+     "--max_new_tokens 24", "samples/true_reward", 0.8),
+    ("dpo", "--pairs 960 --samples 16 --lr 1e-3 --max_new_tokens 24", "samples/true_reward", 0.6),
     ("simpo", "--data {own}/pairs --steps 10 --batch_size 8 --max_new_tokens 12",
-     "rewards/accuracy", 0.2, 0.95),
+     "rewards/accuracy", 0.9),
     ("hir", "--data {own}/answers --model {own}/model --episodes 2 --rounds 3 --epochs 5 "
      "--batch_size 16 --label_smoothing 0 --lr 2e-3 --samples 64 --max_new_tokens 12",
-     "followed/correct", 0.3, 0.9),
+     "followed/correct", 0.9),
     ("self_correct", "--data {own}/answers --model {own}/model --rounds 1 --pool 4 --corrections 1 "
-     "--epochs 8 --batch_size 16 --max_new_tokens 12", "perfect", 0.3, 0.8)]
+     "--epochs 4 --batch_size 16 --max_new_tokens 12", "perfect", 0.9)]
 
 
-@pytest.mark.parametrize("script, flags, metric, gain, reached", IMPROVES,
+@pytest.mark.parametrize("script, flags, metric, reached", IMPROVES,
                          ids=[case[0] for case in IMPROVES])
-def test_improves(script, flags, metric, gain, reached, own, tmp_path):
+def test_improves(script, flags, metric, reached, own, tmp_path):
     """A short run raises what the script is for, on prompts that it has not seen."""
     run(script, tmp_path, flags.format(own=own))
     before, after = columns(tmp_path)
-    assert after[metric] >= max(before[metric] + gain, reached), (before, after)
-    assert after.get("samples/grammatical", 1) > 0.8
+    assert before[metric] < reached <= after[metric], (before, after)
+    assert after.get("samples/grammatical", 1) > 0.5
 
 
 @pytest.mark.slow
