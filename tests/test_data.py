@@ -158,7 +158,9 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     save_model(*judge, tmp_path)
     prompts = "A", "B", " plot" * 480  # of 512 tokens
     (tmp_path / "data").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
-    flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path}/on --n 3".split()
+    alone = " --max_tokens 1"  # a text in a pass; beside others equal texts could differ by rounding
+    flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path}/on --n 3" + alone
+    flags = flags.split()
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(on_policy_pairs.os, "replace", lambda *_: open(tmp_path))
         on_policy_pairs.main(flags)
@@ -176,7 +178,8 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
         "chosen_score": order[2]["score"], "rejected_score": order[0]["score"]}]
     for name, rows in (("a", [order[0], order[2], samples[3]]), ("b", [order[2], order[2]])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    out = win_rate.main(f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/o".split())
+    flags = f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/o" + alone
+    out = win_rate.main(flags.split())
     assert out["win_rate"] == 0.75 and out["standard_error"] == pytest.approx(0.25 / 2**0.5)
     assert "2 pairs; 1 rows have no partner" in capsys.readouterr().out
 
