@@ -1,10 +1,9 @@
-"""Shared by all tests: the repository on the path, one thread, one seed, and a small bandit.
+"""Shared by all tests: one thread, one seed, and a small bandit.
 
 The bandit is a prompt with five responses, about which all is known; Bradley-Terry labels them.
 """
 
 import os
-import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 
@@ -70,26 +68,13 @@ def tiny():
     return load_model("tiny")
 
 
-def in_float64(load_model):
-    """load_model for scripts that are compared: in fp32 Adam turns the rounding of a gradient near
-    0, which differs from processor to processor, into a step as long as any."""
-    def load(*args, **rest):
-        model, tokenizer = load_model(*args, **rest)
-        return model.double(), tokenizer
-
-    return load
-
-
 @pytest.fixture
 def float64(monkeypatch):
-    """A function that lets modules compute in float64."""
-    def use(*modules):
-        load = in_float64(modules[0].load_model)
-        for module in modules:
-            monkeypatch.setattr(module, "load_model", load)
-
+    """The scripts in float64: in fp32 Adam would turn the rounding of a gradient near 0, which
+    differs from processor to processor, into a step as long as any."""
+    monkeypatch.setattr("model.check_model", lambda model, *_: model.double())  # of each new model
     torch.set_default_dtype(torch.float64)
-    yield use
+    yield
     torch.set_default_dtype(torch.float32)
 
 

@@ -155,12 +155,12 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     texts = [" The cast was superb.", " It was dull. The", " I found it long.", *[" No."] * 3]
     responses = [judge[1].encode(text) + [judge[1].eos_id] * text.endswith(".") for text in texts]
     monkeypatch.setattr(on_policy_pairs, "sample", lambda *_, **__: responses)
+    # Each text is scored alone: in one pass equal texts could differ by rounding.
+    monkeypatch.setattr(win_rate, "split_batch", lambda x, _: [[i] for i in range(len(x))])
     save_model(*judge, tmp_path)
     prompts = "A", "B", " plot" * 480  # of 512 tokens
     (tmp_path / "data").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
-    alone = " --max_tokens 1"  # a text in a pass; beside others equal texts could differ by rounding
-    flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path}/on --n 3" + alone
-    flags = flags.split()
+    flags = f"--reward_model {tmp_path} --data {tmp_path}/data --out {tmp_path}/on --n 3".split()
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(on_policy_pairs.os, "replace", lambda *_: open(tmp_path))
         on_policy_pairs.main(flags)
@@ -178,8 +178,7 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
         "chosen_score": order[2]["score"], "rejected_score": order[0]["score"]}]
     for name, rows in (("a", [order[0], order[2], samples[3]]), ("b", [order[2], order[2]])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    flags = f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/o" + alone
-    out = win_rate.main(flags.split())
+    out = win_rate.main(f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/o".split())
     assert out["win_rate"] == 0.75 and out["standard_error"] == pytest.approx(0.25 / 2**0.5)
     assert "2 pairs; 1 rows have no partner" in capsys.readouterr().out
 

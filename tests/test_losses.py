@@ -28,8 +28,7 @@ PAIR_LOSSES = {
     "simpo": lambda w, l, rw, rl, nw, nl: simpo_loss(w, l, nw, nl, 2.0, 1.0),
     "cpo": lambda w, l, rw, rl, nw, nl: cpo_loss(w, l, 0.1, 0.7),
     "orpo": lambda w, l, rw, rl, nw, nl: orpo_loss(w, l, nw, nl, 0.3),
-    "slic": lambda w, l, rw, rl, nw, nl: slic_loss(w, l, 1.0, 0.7),
-}
+    "slic": lambda w, l, rw, rl, nw, nl: slic_loss(w, l, 1.0, 0.7)}
 RANKED_LOSSES = {"rrhf": rrhf_loss, "pro": pro_loss}
 ALL = torch.ones(1, 3, dtype=torch.bool)
 

@@ -12,10 +12,9 @@ from conftest import ROOT
 # Each line of a file is a run. Both processes keep the weights that it ends with. The last run is
 # stopped in its fourth update, resumed, and the only one that evaluates and saves its model.
 CODE = """
-import importlib, sys
-sys.path.append("tests")
-import torch, model, conftest
+import importlib, sys, torch, model
 torch.set_default_dtype(torch.float64)
+model.check_model = lambda network, *_: network.double()
 lines, step = open(sys.argv[1]).read().splitlines(), torch.optim.AdamW.step
 for line in lines:
     script, *flags = line.split()
@@ -27,7 +26,6 @@ for line in lines:
         updates.append(0)
         return step(*args) if len(updates) < 4 or line != lines[-1] else sys.exit()
     module.save_model, torch.optim.AdamW.step = keep, stop
-    module.load_model = conftest.in_float64(model.load_model)
     try:
         module.main(flags)
     except SystemExit:
@@ -71,12 +69,10 @@ def test_two_processes_end_as_one(flags, tmp_path, float64):
         assert all(map(torch.equal, first.values(), second.values()))
     for script, more in runs.items():
         module, out = importlib.import_module(script), tmp_path / f"{script}_alone"
-        float64(module)
         module.main([*flags, *more, f"--out={out}"])
-        alone, start = (module.load_model(name)[0].state_dict() for name in (str(out), "tiny"))
-        moved = sum(float((alone[name] - start[name]).square().sum()) for name in start)
-        error = sum(float((alone[name] - ends[script][0][name]).square().sum()) for name in start)
-        assert error < 1e-8 * moved  # load_model rounds to fp32
+        alone = module.load_model(str(out))[0].state_dict()  # rounded to fp32
+        for name, weight in ends[script][0].items():  # lr is 3e-4 or more
+            assert torch.allclose(weight, alone[name], rtol=1e-6, atol=1e-6), (script, name)
         logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 for folder in (out, tmp_path / script)]
         assert all(one == pytest.approx(two, rel=1e-6, abs=1e-6) for one, two in zip(*logs))
