@@ -1,10 +1,9 @@
-"""Shared by all tests: the repository on the path, one thread, one seed, and a small bandit.
+"""Shared by all tests: one thread, one seed, and a small bandit.
 
 The bandit is a prompt with five responses, about which all is known; Bradley-Terry labels them.
 """
 
 import os
-import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 
@@ -68,6 +66,16 @@ def tiny():
     from model import load_model
 
     return load_model("tiny")
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """The scripts in float64: in fp32 Adam would turn the rounding of a gradient near 0, which
+    differs from processor to processor, into a step as long as any."""
+    monkeypatch.setattr("model.check_model", lambda model, *_: model.double())  # of each new model
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(autouse=True)

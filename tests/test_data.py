@@ -155,6 +155,8 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     texts = [" The cast was superb.", " It was dull. The", " I found it long.", *[" No."] * 3]
     responses = [judge[1].encode(text) + [judge[1].eos_id] * text.endswith(".") for text in texts]
     monkeypatch.setattr(on_policy_pairs, "sample", lambda *_, **__: responses)
+    # Each text is scored alone: in one pass equal texts could differ by rounding.
+    monkeypatch.setattr(win_rate, "split_batch", lambda x, _: [[i] for i in range(len(x))])
     save_model(*judge, tmp_path)
     prompts = "A", "B", " plot" * 480  # of 512 tokens
     (tmp_path / "data").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))

@@ -114,7 +114,8 @@ def test_plain_transformers_loads_what_we_save(kind, head, tmp_path):
     assert ids == list(map(tokenizer.encode, NASTY)) == list(map(again[1].encode, NASTY))
     if head == "reward":  # one number, read at EOS; the init of Stiennon et al. 2020
         score = theirs(input_ids=torch.tensor([[5, tokenizer.eos_id]])).logits  # (1, 1)
-        assert torch.equal(score[0], reward_scores(model, [([5], [tokenizer.eos_id])]))
+        ours = reward_scores(model, [([5], [tokenizer.eos_id])])  # other shapes in the head, so it
+        assert torch.allclose(ours, score[0], atol=1e-6)  # may add 16 products in another order
         assert model.get_input_embeddings().padding_idx is None  # else EOS would get no gradient
         assert float(m.load_model("tiny", head)[0].score.weight.detach().std()) * 129**0.5 == (
             pytest.approx(1, rel=0.2))

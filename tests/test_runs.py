@@ -1,7 +1,6 @@
 """Whole runs of all scripts: what they reach, what they leave, that they repeat, stop and go on."""
 
 import contextlib
-import hashlib
 import importlib
 import io
 import json
@@ -40,10 +39,6 @@ def run(script, folder, flags, *more):
     module = importlib.import_module(script)
     with contextlib.redirect_stdout(io.StringIO()):
         return module.main([*flags.split(), *more, "--device", "cpu", "--out", str(folder)])
-
-
-def digest(folder):
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def log(folder):
@@ -138,7 +133,8 @@ def test_killed_and_resumed_is_the_same_run(script, save_every, whole, tmp_path,
     random.seed(99)
     after = run(script, tmp_path, *flags, "--resume")
     folder, expected, _ = whole(script)
-    assert digest(tmp_path) == digest(folder)
+    one, other = (hash((x / "model.safetensors").read_bytes()) for x in (tmp_path, folder))
+    assert one == other
     assert log(tmp_path) == log(folder) and after == expected
 
 
@@ -164,7 +160,7 @@ def test_ctrl_c_from_a_terminal(tmp_path):
 
 
 GOOD, BAD = " The plot was superb.", " The plot was dull."
-PROMPTS = [f"I saw film number {i}." for i in range(60)]
+PROMPTS = [f"I saw film number {i}." for i in range(160)]
 
 
 @pytest.fixture(scope="module")
@@ -191,30 +187,28 @@ def test_a_console_of_another_encoding():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-IMPROVES = [
-    ("sft", "--examples 480 --lr 2e-3 --max_new_tokens 24", "samples/true_reward", 0.5, 0.5),
-    ("reward_model", "--data {own}/pairs --steps 16 --batch_size 8", "pairs/accuracy", 0.05, 0.98),
-    ("ppo_rlhf", "--samples 16 --steps 5 --batch_size 48 --ppo_epochs 3 --beta 0.1 --lr 1e-3 "
-     "--max_new_tokens 24", "samples/true_reward", 1, 0.8),
-    ("dpo", "--pairs 640 --samples 16 --lr 1e-3 --max_new_tokens 24",
-     "samples/true_reward", 0.4, 0.3),
+IMPROVES = [  # each bound is at least 3 standard deviations below the worst of four seeds
+    ("sft", "--examples 960 --lr 2e-3 --max_new_tokens 24", "samples/true_reward", 0.7),
+    ("reward_model", "--data {own}/pairs --steps 16 --batch_size 8", "pairs/accuracy", 0.9),
+    ("ppo_rlhf", "--samples 16 --steps 5 --batch_size 48 --ppo_epochs 3 --beta 0.2 --lr 1e-3 "
+     "--max_new_tokens 24", "samples/true_reward", 0.8),
+    ("dpo", "--pairs 960 --samples 16 --lr 1e-3 --max_new_tokens 24", "samples/true_reward", 0.6),
     ("simpo", "--data {own}/pairs --steps 10 --batch_size 8 --max_new_tokens 12",
-     "rewards/accuracy", 0.2, 0.95),
+     "rewards/accuracy", 0.9),
     ("hir", "--data {own}/answers --model {own}/model --episodes 2 --rounds 3 --epochs 5 "
      "--batch_size 16 --label_smoothing 0 --lr 2e-3 --samples 64 --max_new_tokens 12",
-     "followed/correct", 0.3, 0.9),
+     "followed/correct", 0.9),
     ("self_correct", "--data {own}/answers --model {own}/model --rounds 1 --pool 4 --corrections 1 "
-     "--epochs 8 --batch_size 16 --max_new_tokens 12", "perfect", 0.3, 0.8)]
+     "--epochs 4 --batch_size 16 --max_new_tokens 12", "perfect", 0.9)]
 
 
-@pytest.mark.parametrize("script, flags, metric, gain, reached", IMPROVES,
-                         ids=[case[0] for case in IMPROVES])
-def test_improves(script, flags, metric, gain, reached, own, tmp_path):
+@pytest.mark.parametrize("script, flags, metric, reached", IMPROVES, ids=[x[0] for x in IMPROVES])
+def test_improves(script, flags, metric, reached, own, tmp_path):
     """A short run raises what the script is for, on prompts that it has not seen."""
     run(script, tmp_path, flags.format(own=own))
     before, after = columns(tmp_path)
-    assert after[metric] >= max(before[metric] + gain, reached), (before, after)
-    assert after.get("samples/grammatical", 1) > 0.8
+    assert before[metric] < reached <= after[metric], (before, after)
+    assert after.get("samples/grammatical", 1) > 0.5
 
 
 @pytest.mark.slow
