@@ -19,7 +19,6 @@ Departures from the paper: AdamW instead of RMSprop; the learning rate falls to 
 log-probs are computed once, before training, which then needs only one model in memory.
 """
 
-import argparse
 import math
 import random
 import re
@@ -32,8 +31,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
-                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
+                   new_parser, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The first four inputs of each loss, all (B,): log-probs of whole responses, summed over their
@@ -436,7 +435,7 @@ def train(args):
     # Adam divides by the size of a gradient, so even a tiny one moves a weight at full speed. eps
     # prevents this for tiny's words that no review contains: see "steady" in docs/dpo.md.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  eps=3e-4 if model.small else 1e-8, fused=True)
+                                  eps=2e-4 if model.small else 1e-8, fused=True)
     start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
@@ -505,53 +504,37 @@ def train(args):
 
 
 # Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (9e-4, 3e-5, 1e-5), "batch_size": (40, 8, 32), "pairs": (5120, 160, None),
+DEFAULTS = {"lr": (7e-4, 3e-5, 1e-5), "batch_size": (50, 8, 32), "pairs": (6400, 160, None),
             "samples": (128, 8, 8)}
 
 
-def make_parser(text, defaults):
+def make_parser(file, text, defaults):
     """The flags that DPO shares with variants/kto.py."""
-    parser = argparse.ArgumentParser(description=text.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(file, text, defaults)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; None: the toy task')
-    flag("--out", default="runs/dpo", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(defaults["lr"]))
-    flag("--epochs", type=number(1), default=1, help="passes over the data")
-    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=number(1),
-         help="examples in an update; " + by_size(defaults["batch_size"]))
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=number(0), default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
-    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
-    flag("--pairs", type=number(1),
-         help="toy: pairs to sample; " + by_size(defaults["pairs"]))
-    flag("--samples", type=number(1), help="evaluation: samples for each of 8 prompts; "
-         + by_size(defaults["samples"]))
-    flag("--save_every", type=number(1), default=100,
-         help="updates between saved states, for --resume")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--lr", type="amount", help="peak learning rate")
+    flag("--epochs", type="positive", default=1, help="passes over the data")
+    flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type="positive", help="examples in an update")
+    flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
+    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--pairs", type="positive", help="toy: pairs to sample")
+    flag("--samples", type="positive", help="evaluation: samples for each of 8 prompts")
     return parser
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = make_parser(__doc__, DEFAULTS)
+    parser = make_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
     flag("--loss", default="dpo", choices=["dpo", "ipo", "rdpo"], help="what is minimised")
-    flag("--beta", type=number(0.0),
+    flag("--beta", type="amount",
          help="price of a nat of KL from the reference; 0.1 is usual with --data; None: 0.5. "
          "With --loss ipo it is tau; None: 0.1")
-    flag("--label_smoothing", type=number(0.0, 1.0), default=0.0,
+    flag("--label_smoothing", type="fraction", default=0.0,
          help="dpo: share of labels held to be wrong")
-    flag("--alpha", type=number(0.0), default=0.05,
-         help="rdpo: price of a token of response length")
+    flag("--alpha", type="amount", default=0.05, help="rdpo: price of a token of response length")
     args = parser.parse_args(argv)
     if args.beta is None:
         args.beta = 0.1 if args.loss == "ipo" else 0.5

@@ -21,7 +21,6 @@ L_con compares instructions for one problem, P_k is a mean per token, and label 
 L_con too. Samples are drawn at temperature 0.6 instead of 1. Only whole outputs are relabeled.
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -33,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (Run, add_to_prompt, by_size, fail, fill_defaults, launch, load_model, number,
+from model import (Run, add_to_prompt, fail, fill_defaults, launch, load_model, new_parser, number,
                    read_jsonl, read_row, save_model, split_by_prompt)
 
 # ------------------------------------------------------------------------- hindsight, and the loss
@@ -468,56 +467,40 @@ def train(args):
 DEFAULTS = {"lr": (4e-3, 1e-5, 1e-5)}
 
 
-def make_parser(text):
+def make_parser(file, text, defaults):
     """The flags that HIR shares with variants/chain_of_hindsight.py."""
-    parser = argparse.ArgumentParser(description=text.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(file, text, defaults)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
-    flag("--out", default="runs/hir", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--label_smoothing", type=number(0.0, 1.0), default=0.2,
+    flag("--label_smoothing", type="fraction", default=0.2,
          help="probability that the loss spreads over other tokens and other instructions")
-    flag("--temperature", type=number(0.0), default=0.6, help="of the samples; at temperature 1, "
+    flag("--temperature", type="amount", default=0.6, help="of the samples; at temperature 1, "
          "label smoothing 0.2 makes every fifth token random, and the next episode trains on that")
-    flag("--episodes", type=number(1), default=8,
+    flag("--episodes", type="positive", default=8,
          help="times that samples are drawn and learned from")
-    flag("--rounds", type=number(1), default=8, help="batches of samples in an episode")
+    flag("--rounds", type="positive", default=8, help="batches of samples in an episode")
     flag("--updates_per_round", type=number(0.01), default=5.0,
          help="an episode makes this many updates for each of its --rounds")
-    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
-    flag("--batch_size", type=number(1), default=32, help="outputs in an update")
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=number(0), default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
-    flag("--samples", type=number(1), default=400,
+    flag("--lr", type="amount", help="peak learning rate")
+    flag("--batch_size", type="positive", default=32, help="outputs in an update")
+    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--samples", type="positive", default=400,
          help="evaluation: samples for each set of tasks")
     flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: an instruction asks "
          "for a length; and a mood; and a topic")
-    flag("--warm_up", type=number(0), default=60,
-         help="toy: steps of SFT before the first episode")
-    flag("--save_every", type=number(1), default=50,
-         help="updates between saved states, for --resume")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--warm_up", type="whole", default=60, help="toy: steps of SFT before the first episode")
     return parser
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
     flag("--algo", default="hir", choices=["hir", "farl"], help="farl: imitate only successes, "
          "without the contrast and the entropy")
-    flag("--alpha", type=number(0.0), default=1.0,
-         help="weight of the contrast between instructions")
-    flag("--beta", type=number(0.0), default=0.001,
-         help="weight of the entropy, for diverse outputs")
-    flag("--alternatives", type=number(0), default=1,
-         help="wrong instructions beside the right one")
+    flag("--alpha", type="amount", default=1.0, help="weight of the contrast between instructions")
+    flag("--beta", type="amount", default=0.001, help="weight of the entropy, for diverse outputs")
+    flag("--alternatives", type="whole", default=1, help="wrong instructions beside the right one")
     return parser.parse_args(argv)
 
 

@@ -10,6 +10,7 @@ tokenizer and logger in the place of these:
 No code from a hub is ever run.
 """
 
+import argparse
 import json
 import math
 import os
@@ -429,17 +430,17 @@ def read_jsonl(path):
 
 def check_text(row, key):
     """row[key], which has to be a text or a list of chat messages; ends with one line if not."""
-    value, found = row.get(key), "missing"
+    value, found = row.get(key), "is missing"
     if key in row:
-        found = json.dumps(value)[:80]
+        found = f"is {json.dumps(value)[:80]}"
     if isinstance(value, list) and value:
         odd = [x for x in value if not isinstance(x, dict) or not isinstance(x.get("role"), str)
-               or not isinstance(x.get("content", ""), str) and not x.get("tool_calls")]
-        found = json.dumps(odd[0])[:80] if odd else None
+               or not isinstance(x.get("content"), str) and not x.get("tool_calls")]
+        found = f"holds {json.dumps(odd[0])[:80]}" if odd else ""
     if found and not isinstance(value, str):
-        fail(f'{row["where"]}: "{key}" has to be a text, or a list of messages with "role" and '
-             f'"content"; this one is {found}; the row has {[x for x in row if x != "where"]}; '
-             "docs/real_models.md shows which rows are read")
+        fail(f'{row["where"]}: "{key}" {found}; it has to be a text, or a list of messages with '
+             f'"role" and "content"; the keys of this row are {[x for x in row if x != "where"]}; '
+             "docs/real_models.md shows what is read")
     return value
 
 
@@ -571,13 +572,53 @@ def add_gradients(model):
 def number(low, high=math.inf):
     """An argparse type: a number from low to high, and a whole one if low is a whole number."""
     def convert(text):
-        value = type(low)(text)
+        try:
+            value = type(low)(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:  # also for NaN
-            raise ValueError
+            kind = "whole number" if isinstance(low, int) else "number"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no {kind} from {low} to {high}".replace(" to inf", " on"))
         return value
 
-    convert.__name__ = f"number from {low} to {high}"  # for argparse's message
     return convert
+
+
+# Names for a flag's type.
+NUMBERS = {"positive": number(1), "whole": number(0), "amount": number(0.0),
+           "fraction": number(0.0, 1.0)}
+
+
+def new_parser(file, text, defaults=None, trains=True):
+    """A parser with the flags that `load_model` and `Run` read. A script adds its own.
+
+    file: of the script, which names its --out. text: its docstring, of which --help shows the first
+    line. defaults: see `fill_defaults`.
+    """
+    parser = argparse.ArgumentParser(description=text.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, convert in NUMBERS.items():
+        parser.register("type", name, convert)
+    flag = parser.add_argument
+    if trains:
+        flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
+    flag("--out", default=f"runs/{Path(file).stem}", help="folder for all that the run makes")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--max_tokens", type="positive", default=4096,
+         help="tokens in a pass through the model: bounds memory, changes no result")
+    if not trains:
+        parser.set_defaults(resume=False)
+        return parser
+    flag("--lora_rank", type="whole", default=0,
+         help="train adapters of this rank, which need a higher --lr; 0: all weights")
+    flag("--seed", type="whole", default=0, help="the same seed gives the same result")
+    flag("--save_every", type="positive", default=50, help="steps between saved states")
+    flag("--resume", action="store_true", help="go on from the last saved state in --out")
+    if defaults:
+        parser.epilog = "Defaults below 10M parameters; above, in the toy; above, with --data: " + (
+            "; ".join(f"--{name} {values}" for name, values in defaults.items()))
+    return parser
 
 
 def fill_defaults(args, defaults, small):
@@ -588,11 +629,6 @@ def fill_defaults(args, defaults, small):
     for flag, values in defaults.items():
         if getattr(args, flag, 0) is None:
             setattr(args, flag, values[0 if small else 2 if args.data else 1])
-
-
-def by_size(values):
-    """What the help says of a default that depends on the model; see `fill_defaults`."""
-    return "None: {} below 10M parameters; above {}, with --data {}".format(*values)
 
 
 # ---------------------------------------------------------------------------- a run's folder
@@ -659,7 +695,9 @@ class Run:
                          "with; give the same, or another --out")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            rows = self.metrics.read_text().splitlines(keepends=True)[:range(2**62)[state["step"]]]
+            if type(state["step"]) is not int or state["step"] < 0:
+                raise ValueError("step")
+            rows = self.metrics.read_text().splitlines(keepends=True)[:state["step"]]
         except Exception as error:  # torch raises many kinds for a file that is not its own
             fail(f"--resume: {self.state} is no state of this script with these models and data "
                  f"({type(error).__name__}); start again without --resume")
@@ -715,7 +753,8 @@ class Run:
                 axis.set_xlabel("step")
                 axis.legend()
             figure.savefig(self.folder / "curves.png", bbox_inches="tight")
-        print("\n\n".join(["", table, *texts[:4], f"All that this run made is in {self.folder}"]))
+        end = f"All that this run has made is in {self.folder}"
+        print("\n\n".join(["", table, *texts[:4], end]))
 
 
 def launch(train, args):

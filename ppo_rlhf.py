@@ -24,7 +24,6 @@ that does not end in time gets a fixed score; advantages are whitened over the w
 and value network are two networks with one learning rate, which rises, then falls to 0.
 """
 
-import argparse
 import math
 import random
 import re
@@ -40,9 +39,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (RANK, Run, add_gradients, all_gather, by_size, check_text, fail, fill_defaults,
-                   launch, load_model, number, read_jsonl, read_row, save_model, share,
-                   split_by_prompt)
+from model import (RANK, Run, add_gradients, all_gather, check_text, fail, fill_defaults, launch,
+                   load_model, new_parser, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ------------------------------------------------------------------ rewards, advantages, losses
 # Tensors are (B, R): a row for each of B responses, as long as the longest of them. The mask is
@@ -658,53 +656,39 @@ def train(args):
 DEFAULTS = {"lr": (2e-4, 3e-5, 1e-5), "lam": (0.95, 1.0, 1.0), "samples": (128, 8, 8)}
 
 
-def make_parser(text):
+def make_parser(file, text, defaults):
     """The flags that PPO shares with variants/raft.py."""
-    parser = argparse.ArgumentParser(description=text.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(file, text, defaults)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt"}; None: the toy task')
-    flag("--out", default="runs/ppo_rlhf", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
     flag("--reference", help="the model that KL is measured from; None: --model")
     flag("--missing_eos_score", type=float, default=-1.0,
          help="score of a response that does not end within --max_new_tokens")
-    flag("--n", type=number(1), default=4, help="samples of each prompt")
-    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
-    flag("--steps", type=number(1), default=40, help="steps; each samples, scores and learns")
-    flag("--batch_size", type=number(1), default=64,
-         help="samples in a step: whole groups of --n")
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=number(0), default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
-    flag("--samples", type=number(1),
-         help="evaluation: samples for each of 8 prompts; " + by_size(DEFAULTS["samples"]))
-    flag("--save_every", type=number(1), default=10,
-         help="steps between saved states, for --resume")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--n", type="positive", default=4, help="samples of each prompt")
+    flag("--lr", type="amount", help="peak learning rate")
+    flag("--steps", type="positive", default=40, help="steps; each samples, scores and learns")
+    flag("--batch_size", type="positive", default=64, help="samples in a step: whole groups of --n")
+    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--samples", type="positive", help="evaluation: samples for each of 8 prompts")
+    parser.set_defaults(save_every=10)
     return parser
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
-    flag("--beta", type=number(0.0), default=0.5,
+    flag("--beta", type="amount", default=0.5,
          help="penalty for a nat of KL from the reference; 0.02 is usual with --data")
-    flag("--kl_target", type=number(0.0),
+    flag("--kl_target", type="amount",
          help="multiply beta after each step so that KL comes to this many nats; None: fixed beta")
-    flag("--ppo_epochs", type=number(1), default=4,
+    flag("--ppo_epochs", type="positive", default=4,
          help="passes over a step's samples, two updates each")
-    flag("--lam", type=number(0.0, 1.0),
-         help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network; "
-         + by_size(DEFAULTS["lam"]))
+    flag("--lam", type="fraction",
+         help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network")
     flag("--ptx_data", help='JSON Lines file of {"text"}, also learnt from (PPO-ptx)')
-    flag("--ptx_coef", type=number(0.0), default=1.0, help="weight of the loss on --ptx_data")
+    flag("--ptx_coef", type="amount", default=1.0, help="weight of the loss on --ptx_data")
     return parser.parse_args(argv)
 
 

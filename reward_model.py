@@ -19,7 +19,6 @@ pairs are left out as in the paper, but the divisor stays C(K, 2), so a ranking 
 less. Scores are not normalised here; ppo_rlhf.py does it.
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -31,8 +30,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
-                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
+                   new_parser, number, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -392,33 +391,20 @@ DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5), "rankings": (4608, 192, None)}
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"} or {"prompt", '
          '"responses", "ranks"}; None: the toy task')
-    flag("--out", default="runs/reward_model", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--loss", default="ranking", choices=["ranking", "best_of_k"],
          help="learn from all pairs of a ranking, or only from which response is the best")
     flag("--policy", help="toy: the model whose responses are ranked; None: --model")
-    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
-    flag("--epochs", type=number(1), default=1, help="passes over the rankings")
-    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=number(1), default=16, help="prompts in an update")
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=number(0), default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
-    flag("--rankings", type=number(1),
-         help="toy: prompts with ranked responses; " + by_size(DEFAULTS["rankings"]))
+    flag("--lr", type="amount", help="peak learning rate")
+    flag("--epochs", type="positive", default=1, help="passes over the rankings")
+    flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type="positive", default=16, help="prompts in an update")
+    flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
+    flag("--rankings", type="positive", help="toy: prompts with ranked responses")
     flag("--k", type=number(2), default=4, help="toy: responses to each prompt")
-    flag("--save_every", type=number(1), default=100,
-         help="updates between saved states, for --resume")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
 
 

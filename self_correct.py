@@ -22,7 +22,6 @@ distance in words / number of words; all rounds share one learning-rate schedule
 in the pool once; the loss is a mean over the tokens of a batch.
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -36,7 +35,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (Run, add_to_prompt, by_size, fail, fill_defaults, launch, load_model, number,
+from model import (Run, add_to_prompt, fail, fill_defaults, launch, load_model, new_parser, number,
                    read_jsonl, read_row, save_model, split_by_prompt)
 
 # ------------------------------------------------------------ pairs to learn from, and the loss
@@ -496,41 +495,27 @@ DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5)}
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
-    flag("--out", default="runs/self_correct", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
     flag("--generator", help="the model that drafts; None: --model as it is before training")
-    flag("--feedback", default="text", choices=["text", "none"],
-         help="what the corrector is told")
-    flag("--alpha", type=number(0.0), default=10.0,
-         help="higher draws large improvements more often")
-    flag("--beta", type=number(0.0), default=1.0, help="higher draws small edits more often")
-    flag("--pool", type=number(1), default=8, help="answers of the generator to each problem")
-    flag("--rounds", type=number(0), default=5,
+    flag("--feedback", default="text", choices=["text", "none"], help="what the corrector is told")
+    flag("--alpha", type="amount", default=10.0, help="higher draws large improvements more often")
+    flag("--beta", type="amount", default=1.0, help="higher draws small edits more often")
+    flag("--pool", type="positive", default=8, help="answers of the generator to each problem")
+    flag("--rounds", type="whole", default=5,
          help="rounds of exploring and learning; 0: no learning")
-    flag("--explore", type=number(1), default=4,
+    flag("--explore", type="positive", default=4,
          help="corrections to sample for each problem in a round")
-    flag("--corrections", type=number(0), default=3,
+    flag("--corrections", type="whole", default=3,
          help="evaluation: times that a draft is corrected")
     flag("--epochs", type=number(0.01), default=4.0, help="passes over the problems in a round")
-    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
-    flag("--batch_size", type=number(1), default=32, help="pairs in an update")
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=number(0), default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
-    flag("--problems", type=number(1, 2000), default=512,
+    flag("--lr", type="amount", help="peak learning rate")
+    flag("--batch_size", type="positive", default=32, help="pairs in an update")
+    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--problems", type=number(1, 1680), default=512,
          help="toy: plays to learn from, and as many held out")
-    flag("--warm_up", type=number(0), default=300, help="toy: steps of SFT before the first round")
-    flag("--save_every", type=number(1), default=50,
-         help="updates between saved states, for --resume")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--warm_up", type="whole", default=300, help="toy: steps of SFT before the first round")
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,6 @@ loss includes prompts; here it does not, and of a chat only the last reply is le
 selects a checkpoint by its reward model's score; here the last one is saved.
 """
 
-import argparse
 import math
 import random
 import re
@@ -29,10 +28,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
-                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
+                   new_parser, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ------------------------------------------------------------------------------------ the loss
+# It is called in step 5 of `train`.
 
 
 def sft_loss(logps, mask, normalizer=None):
@@ -40,7 +40,6 @@ def sft_loss(logps, mask, normalizer=None):
 
     logps, mask: (B, T), log-probs in nats, and 1 on response tokens. normalizer: the number of
     response tokens in the whole update; the default is their number in this call. A scalar.
-    It is called in step 5 of `train`.
     """
     return -(logps * mask).sum() / (mask.sum() if normalizer is None else normalizer)
 
@@ -389,29 +388,16 @@ DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5), "examples": (3400, 640, None)}
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "completion"} or {"messages"}; None: toy')
-    flag("--out", default="runs/sft", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(DEFAULTS["lr"]))
-    flag("--epochs", type=number(1), default=1, help="passes over the demonstrations")
-    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=number(1), default=32, help="demonstrations in an update")
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=number(0), default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
-    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
-    flag("--examples", type=number(1),
-         help="toy: demonstrations to make; " + by_size(DEFAULTS["examples"]))
-    flag("--save_every", type=number(1), default=100,
-         help="updates between saved states, for --resume")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--lr", type="amount", help="peak learning rate")
+    flag("--epochs", type="positive", default=1, help="passes over the demonstrations")
+    flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type="positive", default=32, help="demonstrations in an update")
+    flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
+    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--examples", type="positive", help="toy: demonstrations to make")
     return parser.parse_args(argv)
 
 

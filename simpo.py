@@ -17,7 +17,6 @@ learning rate falls to 0 along a line, where the paper uses a cosine. Nothing in
 policy near its start, so the KL divergence from the start is measured after training.
 """
 
-import argparse
 import math
 import random
 import re
@@ -30,8 +29,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (Run, add_gradients, all_gather, by_size, fail, fill_defaults, launch, load_model,
-                   number, read_jsonl, read_row, save_model, share, split_by_prompt)
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
+                   new_parser, read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ---------------------------------------------------------------------------------- the losses
 # The inputs of each loss, all (B,): log-probs of whole responses, summed over their tokens with
@@ -464,48 +463,35 @@ def train(args):
 DEFAULTS = {"lr": (3e-4, 3e-5, 1e-5), "batch_size": (32, 8, 32), "pairs": (2304, 256, None)}
 
 
-def make_parser(text, defaults):
+def make_parser(file, text, defaults):
     """The flags that SimPO shares with variants/rankings.py."""
-    parser = argparse.ArgumentParser(description=text.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(file, text, defaults)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="tiny, a folder, or a hub id such as gpt2")
     flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; None: the toy task')
-    flag("--out", default="runs/simpo", help="folder for the model and what happened")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out")
-    flag("--lr", type=number(0.0), help="peak learning rate; " + by_size(defaults["lr"]))
-    flag("--epochs", type=number(1), default=1, help="passes over the data")
-    flag("--steps", type=number(1), help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type=number(1),
-         help="rows in an update; " + by_size(defaults["batch_size"]))
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a training pass: bounds memory")
-    flag("--lora_rank", type=number(0), default=0,
-         help="train adapters of this rank, which need a higher --lr; 0: all weights")
-    flag("--max_length", type=number(1), default=1024, help="tokens of prompt and response")
-    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest sample")
-    flag("--pairs", type=number(1), help="toy: posts to summarise; " + by_size(defaults["pairs"]))
+    flag("--lr", type="amount", help="peak learning rate")
+    flag("--epochs", type="positive", default=1, help="passes over the data")
+    flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
+    flag("--batch_size", type="positive", help="rows in an update")
+    flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
+    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--pairs", type="positive", help="toy: posts to summarise")
     flag("--length_bias", type=float, default=1.0,
          help="toy: how much the human likes each word; true quality, at most 1, counts 4 times")
-    flag("--save_every", type=number(1), default=100,
-         help="updates between saved states, for --resume")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same result")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser
 
 
 def parse_args(argv=None):
     """The command line, with the defaults that differ between the losses."""
-    parser = make_parser(__doc__, DEFAULTS)
+    parser = make_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
     flag("--loss", default="simpo", choices=["simpo", "cpo", "orpo", "slic"],
          help="what is minimised")
-    flag("--beta", type=number(0.0), help="scale of rewards; None: 2 for simpo, 0.1 for cpo")
-    flag("--gamma_beta_ratio", type=number(0.0), default=0.5,
+    flag("--beta", type="amount", help="scale of rewards; None: 2 for simpo, 0.1 for cpo")
+    flag("--gamma_beta_ratio", type="amount", default=0.5,
          help="simpo: the margin gamma, over beta")
-    flag("--lam", type=number(0.0),
+    flag("--lam", type="amount",
          help="weight of the SFT term, and for orpo of the odds-ratio term; None: 1, orpo 0.1")
-    flag("--delta", type=number(0.0), default=1.0, help="slic: margin of the hinge, in nats")
+    flag("--delta", type="amount", default=1.0, help="slic: margin of the hinge, in nats")
     args = parser.parse_args(argv)
     for name, losses in (("beta", ("simpo", "cpo")), ("gamma_beta_ratio", ("simpo",)),
                          ("lam", ("cpo", "orpo", "slic")), ("delta", ("slic",))):

@@ -65,7 +65,7 @@ def test_prompt_without_room_is_dropped_and_counted(kind, limit, tiny, capsys):
     the model's context there is no position (huggingface/transformers#530), whatever the flag."""
     sequences = encode(tiny[1], kind, dict(PAIR, prompt="plot " * 600), PAIR, max_length=limit)
     assert len(sequences) == 2 and torch.isfinite(dpo.response_logps(tiny[0], sequences)[0]).all()
-    assert f" {2 if kind == 'sft' else 1} " in capsys.readouterr().out.partition("le")[2]
+    assert f"; {2 if kind == 'sft' else 1} left out without room" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -74,7 +74,7 @@ def test_pair_identical_after_the_cut_is_dropped_and_counted(kind, tiny, capsys)
     row = dict(PAIR, chosen=" plot" * 40 + " a", rejected=" plot" * 40 + " b")
     assert len(encode(tiny[1], kind, row, PAIR)) == 4
     assert len(encode(tiny[1], kind, row, PAIR, max_length=20)) == 2
-    assert " 1 with " in capsys.readouterr().out
+    assert "; 1 left out with " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prompt, response", [("The sl", "ow train"), ("Question: ", " hi"),
@@ -84,7 +84,7 @@ def test_no_token_straddles_prompt_and_response(prompt, response, tiny):
     border (huggingface/trl#2054) and prompts that end in a space (huggingface/trl#1920)."""
     p, r = tiny[1].encode_example(prompt, response, 512)
     assert tiny[1].decode(r[:-1]) == response and r[-1] == tiny[1].eos_id not in r[:-1]
-    assert tiny[1].decode(p) == prompt and p[0] == tiny[1].bos_id not in p[1:]
+    assert tiny[1].decode(p[1:]) == prompt and p[0] == tiny[1].bos_id not in p[1:]
 
 
 def test_rows_of_files(tmp_path):
@@ -126,27 +126,46 @@ def judge():
     return load_model("tiny", head="reward")
 
 
-def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, monkeypatch, capsys):
-    """The same tokens, EOS included (OpenRLHF/OpenRLHF#300, CarperAI/trlx#420); a response that has
-    not ended gets --missing_eos_score (arXiv 2403.17031)."""
+def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, tmp_path, monkeypatch):
+    """The same tokens, EOS included (OpenRLHF/OpenRLHF#300, CarperAI/trlx#420), brought to mean 0
+    and SD 1 on samples that end; a response that has not ended gets --missing_eos_score (arXiv
+    2403.17031)."""
     texts = [" The plot was dull.", " I found the cast superb and funny.", " The"]
     responses = [tiny[1].encode(text) + [tiny[1].eos_id] for text in texts]
     responses[2].pop()
-    monkeypatch.setattr(ppo_rlhf, "sample", lambda *_, **__: responses)
-    prompts, large = ["A", "Bb", "C"], SimpleNamespace(small=False)
-    reward = (*judge, 1.0, 2.0)  # reward model, its tokenizer, and what scores are normalised with
-    sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 1, 0, a())
-    group = [judge[1].encode_example(*pair, 512) for pair in zip(prompts, texts[:2])]
-    trained = reward_model.reward_scores(judge[0], group).tolist()
-    assert group == sequences[:2]
-    assert scores[:, 0].tolist() == pytest.approx([*((r - 1) / 2 for r in trained), -1], abs=1e-5)
+    monkeypatch.setattr(ppo_rlhf, "sample", lambda model, tokenizer, asked, *_, **__: [
+        responses[i % 3] for i in range(len(asked))])
+    save_model(*judge, tmp_path)
+    prompts, args = ["A", "Bb", "C"], a(reward_model=str(tmp_path), device="cpu")
+    trained = reward_model.reward_scores(judge[0], [
+        judge[1].encode_example(prompt, text, 512) for prompt in prompts for text in texts[:2]])
+    reward = ppo_rlhf.load_reward(tiny[0], tiny[1], ["Bb"], args)
+    sd, mean = torch.std_mean(trained[2:4].repeat(85), correction=0)  # 256 samples, 170 ended
+    sequences, scores, _, means = ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 1, 0, args)
+    assert sequences[:2] == [judge[1].encode_example(*x, 512) for x in zip(prompts, texts[:2])]
+    expected = [*((trained[[0, 3]] - mean) / sd).tolist(), -1]
+    assert scores[:, 0].tolist() == pytest.approx(expected, abs=0.02)  # 171 and 85 of 256
     assert means["samples/without_eos"] == pytest.approx(1 / 3)
-    responses[1].pop()  # now most of them have not ended
-    _, scores, _, _ = ppo_rlhf.rollout(large, None, tiny[1], prompts, 1, 0, a())
+    responses[1] = responses[1][:-1]  # now most of them have not ended
+    with pytest.warns(UserWarning, match="do not end within --max_new_tokens"), (
+            pytest.raises(SystemExit)):  # and all that end are equal
+        ppo_rlhf.load_reward(tiny[0], tiny[1], ["Bb"], args)
+    large, toy = SimpleNamespace(small=False), a(reward_model=None)
+    true = ppo_rlhf.load_reward(None, None, None, toy)
+    _, scores, _, _ = ppo_rlhf.rollout(large, true, tiny[1], prompts, 1, 0, toy)
     assert scores[:, 0].tolist() == [-1, 2, 0]
-    assert capsys.readouterr().err == ""
-    ppo_rlhf.rollout(tiny[0], reward, tiny[1], prompts, 1, 0, a())
-    assert "do not end within --max_new_tokens" in capsys.readouterr().err
+
+
+def test_half_a_text_is_never_scored(judge, tiny, tmp_path, capsys):
+    """A reward model whose context is too short for a response would score it mid-way."""
+    save_model(*judge, tmp_path)
+    judge_of_64 = (judge[0], SimpleNamespace(
+        context=64, stop_ids=judge[1].stop_ids, encode_example=lambda prompt, text, longest:
+        judge[1].encode_example(prompt, text, min(longest, 64))))
+    rows = [{"prompt": "A", "response": " plot" * 70}]
+    with pytest.raises(SystemExit):
+        win_rate.score_responses(*judge_of_64, rows, 999)
+    assert "too short for a prompt and its response" in capsys.readouterr().err
 
 
 def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch):
@@ -166,8 +185,8 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
         on_policy_pairs.main(flags)
     assert not list(tmp_path.glob("on/[ps]a*"))
     on_policy_pairs.main(flags)
-    assert "1 pairs; left out: 1 prompts without room for --max_new_tokens, 1 whose" in (
-        capsys.readouterr().out)
+    assert ("1 pairs; 1 prompts left out without room for --max_new_tokens; 1 prompts left out "
+            "whose responses all score the same") in capsys.readouterr().out
     pair, samples = (read_jsonl(tmp_path / f"on/{name}.jsonl") for name in ("pairs", "samples"))
     group = [judge[1].encode_example("A", text.removesuffix(" The"), 512) for text in texts[:3]]
     scores = reward_model.score_rows(judge[0], [{"group": group, "ranks": [1, 2, 3]}])[0][0]

@@ -1,13 +1,11 @@
 """Rows of real data, and models of real kinds, after public bug reports; the values are made up."""
 
 import json
-import subprocess
-import sys
+import warnings
 
 import pytest
 import torch
 import transformers as hf
-from conftest import ROOT
 from test_model import bpe, edit, new_folder, refused
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
@@ -102,10 +100,11 @@ ROWS = {  # several spellings of one pair
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_spellings_of_one_pair(name, chat, tmp_path, capsys):
-    row = m.read_row(ROWS[name] | {"where": "F:1"}, chat, "chosen", "rejected")
+def test_spellings_of_one_pair(name, chat, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = m.read_row(ROWS[name] | {"where": "F:1"}, chat, "chosen", "rejected")
     assert (row["prompt"], row["chosen"], row["rejected"]) == ([ASK], "I saw it.", "No.")
-    assert capsys.readouterr().err == ""
     (tmp_path / "data").write_text(json.dumps({"messages": [ASK, TELL, ASK, NO]}))
     row, = sft.read_demonstrations(tmp_path / "data", chat)
     assert row["prompt"] == [ASK, TELL, ASK] and row["completion"] == "No."
@@ -115,17 +114,18 @@ REFUSED = {  # a row, and what the line says
     "role": ({"prompt": "A", "chosen": [TELL], "rejected": [ASK]}, "a message of the user"),
     "prompts": ({"chosen": [ASK, TELL], "rejected": [TELL, NO]}, "not all conversations"),
     "prompt": ({"prompt": [NO], "chosen": [ASK, TELL], "rejected": [ASK, NO]}, "not all conv"),
-    "no prompt": ({"chosen": [TELL], "rejected": [NO]}, '"prompt" is missing'),
+    "no prompt": ({"chosen": [TELL], "rejected": [NO]},
+                  '"prompt" is missing; it has to be a text, or a list of messages with "role" and '
+                  """"content"; the keys of this row are ['chosen', 'rejected']"""),
     "null": ({"prompt": [ASK | {"content": None}], "chosen": "a", "rejected": "b"},
-             'this one is {"role": "user", "content": null}'),
+             '"prompt" holds {"role": "user", "content": null}'),
     "parts": ({"prompt": [ASK | {"content": [{"type": "text", "text": "a"}]}], "chosen": "a",
-               "rejected": "b"}, '"content" that is a text'),
-    "strings": ({"prompt": ["a"], "chosen": "a", "rejected": "b"}, 'this one is "a"'),
-    "no messages": ({"prompt": [], "chosen": "a", "rejected": "b"}, "empty list"),
-    "transcript": ({"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "b"}, "transcript"),
-    "alpaca": ({"instruction": "A", "output": "B"}, 'rename "instruction" to "prompt"'),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "A"}]}, '"from" to "role"'),
-    "text": ({"text": "A B"}, 'split each "text"')}
+               "rejected": "b"}, '"prompt" holds {"role": "user", "content": [{"type"'),
+    "strings": ({"prompt": ["a"], "chosen": "a", "rejected": "b"}, '"prompt" holds "a"'),
+    "no messages": ({"prompt": [], "chosen": "a", "rejected": "b"}, '"prompt" is []'),
+    "number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, '"prompt" is 3'),
+    "alpaca": ({"instruction": "A", "output": "B"}, "are ['instruction', 'output']"),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "A"}]}, "are ['conversations']")}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -138,19 +138,22 @@ def test_what_was_found_is_named(name, chat, capsys):
     assert fragment in error, error
 
 
-def test_warnings_of_texts_come_once(chat, capsys):
-    """Rendered control tokens teach a model to spell them; a text passes by the template."""
-    for i, text in enumerate(["plain", "<|im_start|>\nA<end>", "<|im_start|>\nB<end>", "B"]):
-        m.read_row({"prompt": text, "where": f"F:{i}"}, chat)
-    plain, control = capsys.readouterr().err.splitlines()
-    assert plain.startswith("warning: F:0: ") and "give messages" in plain
-    assert control.startswith("warning: F:1: ") and "give messages" in control
+def test_warnings_of_texts_come_once(chat):
+    """Rendered control tokens teach a model to spell them; a text passes by the template. Python
+    shows the same warning once, and these name the file and not the line."""
+    with pytest.warns(UserWarning) as found:
+        for i, text in enumerate(["plain", "<|im_start|>\nA<end>", "<|im_start|>\nB", "B"]):
+            m.read_row({"prompt": text, "where": f"F:{i}"}, chat)
+    texts = dict.fromkeys(str(warning.message) for warning in found)
+    plain, *control = texts
+    assert plain.startswith("F: ") and "give messages" in plain
+    assert len(control) == 2 and all("control token" in text for text in control)
     assert chat.encode_prompt("<end>") != [max(chat.stop_ids)]
 
 
 @pytest.mark.parametrize("kind, head, fragment", [
-    ("MambaConfig", "reward", "no ModelForSequenceClassification for a mamba"),
-    ("T5Config", "lm", "no ModelForCausalLM for a t5")])
+    ("MambaConfig", "reward", "for this kind of AutoModel: AutoModelForSequenceClassification"),
+    ("T5Config", "lm", "for this kind of AutoModel: AutoModelForCausalLM")])
 def test_models_that_cannot_be_used(kind, head, fragment, tmp_path, capsys):
     folder = new_folder(tmp_path / "new", kind, **{
         "MambaConfig": {"state_size": 4}, "T5Config": {"d_model": 16}}.get(kind, {}))
@@ -209,18 +212,6 @@ def test_full_disk_is_one_line(error, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and "cannot be written" in line and "add --resume" in line
     assert line.count("\n") == 1 and not (tmp_path / "run" / "state.new").exists()
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 0
-
-
-def test_nobody_reads_the_output(tmp_path):
-    """As with "| head -1": the model is trained and saved all the same."""
-    (tmp_path / "data").write_text("\n".join(
-        json.dumps({"prompt": f"I saw {i}", "completion": " a"}) for i in range(9)))
-    with subprocess.Popen([sys.executable, "sft.py", "--data", tmp_path / "data", "--out",
-                           tmp_path / "run", "--steps", "1", "--max_new_tokens", "4"], cwd=ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert b"Traceback" not in process.stderr.read()
-    assert process.returncode == 0 and (tmp_path / "run" / "curves.png").exists()
 
 
 def test_unfinished_sentences_of_a_cut_sample(chat):

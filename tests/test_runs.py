@@ -24,14 +24,14 @@ SMALL = {
                 "--lora_rank 2",
     "dpo": "--pairs 64 --batch_size 8 --steps 6 --samples 2 --lora_rank 2",
     "simpo": "--pairs 40 --batch_size 8 --steps 6",
-    "hir": "--warm_up 2 --episodes 3 --rounds 2 --epochs 1 --batch_size 8 --samples 8",
+    "hir": "--warm_up 2 --episodes 3 --rounds 2 --updates_per_round 1 --batch_size 8 --samples 8",
     "self_correct": "--problems 16 --warm_up 20 --pool 4 --rounds 3 --explore 1 --corrections 1 "
                     "--epochs 1 --batch_size 8",
     "variants.kto": "--pairs 64 --batch_size 8 --steps 6 --samples 2",
     "variants.rankings": "--pairs 40 --batch_size 8 --steps 6",
-    "variants.raft": "--batch_size 8 --n 2 --ppo_epochs 2 --steps 5 --samples 2",
+    "variants.raft": "--batch_size 8 --n 2 --epochs 2 --steps 5 --samples 2",
     "variants.chain_of_hindsight": "--requirements 1 --warm_up 20 --episodes 3 --rounds 2 "
-                                   "--epochs 1 --batch_size 8 --samples 8"}
+                                   "--updates_per_round 1 --batch_size 8 --samples 8"}
 
 
 def run(script, folder, flags, *more):
@@ -192,12 +192,13 @@ IMPROVES = [  # each bound is at least 3 standard deviations below the worst of 
     ("reward_model", "--data {own}/pairs --steps 16 --batch_size 8", "pairs/accuracy", 0.9),
     ("ppo_rlhf", "--samples 16 --steps 5 --batch_size 48 --ppo_epochs 3 --beta 0.2 --lr 1e-3 "
      "--max_new_tokens 24", "samples/true_reward", 0.8),
-    ("dpo", "--pairs 960 --samples 16 --lr 1e-3 --max_new_tokens 24", "samples/true_reward", 0.6),
+    ("dpo", "--pairs 960 --samples 16 --lr 1.5e-3 --batch_size 32 --max_new_tokens 24",
+     "samples/true_reward", 0.6),
     ("simpo", "--data {own}/pairs --steps 10 --batch_size 8 --max_new_tokens 12",
      "rewards/accuracy", 0.9),
-    ("hir", "--data {own}/answers --model {own}/model --episodes 2 --rounds 3 --epochs 5 "
-     "--batch_size 16 --label_smoothing 0 --lr 2e-3 --samples 64 --max_new_tokens 12",
-     "followed/correct", 0.9),
+    ("hir", "--data {own}/answers --model {own}/model --episodes 2 --rounds 3 "
+     "--updates_per_round 5 --batch_size 16 --label_smoothing 0 --lr 2e-3 --samples 64 "
+     "--max_new_tokens 12", "followed/correct", 0.9),
     ("self_correct", "--data {own}/answers --model {own}/model --rounds 1 --pool 4 --corrections 1 "
      "--epochs 4 --batch_size 16 --max_new_tokens 12", "perfect", 0.9)]
 

@@ -37,8 +37,7 @@ ADAMW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0
 REWARD = functools.partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1)
 PARENT = {kto: dpo, rankings: simpo, raft: ppo_rlhf, chain_of_hindsight: hir}
 # What `evaluate` returns where a test does not look at it.
-NOTHING = {dpo: ({}, {}, ([], [])), simpo: ({"after": {}}, []), sft: ({}, []), hir: {},
-           reward_model: ({}, []), ppo_rlhf: ({}, {}, []), self_correct: ({"3": {}}, [])}
+NOTHING = {"after": {}}, []
 
 # Texts that stand for samples: true reward, whether they are reviews, what they do.
 REVIEWS = {" The plot was awful and long.": (-1, True, {"length": "short", "mood": "bad"}),
@@ -235,7 +234,7 @@ def learn_pairs(a, calls):
             margin = numbers["rewards/chosen"] - numbers["rewards/rejected"]
             yield numbers | {"rewards/accuracy": margin > 1e-4}  # ties count as wrong
 
-    adam = ((0.9, 0.99), 1e-4) if a.loss in ("dpo", "ipo", "rdpo") else ((0.9, 0.95), 1e-8)
+    adam = ((0.9, 0.99), 2e-4) if a.loss in ("dpo", "ipo", "rdpo") else ((0.9, 0.95), 1e-8)
     return learn(a, model, batches(split(PAIRS), a), lesson, *adam)
 
 
@@ -264,7 +263,7 @@ def learn_labels(a, calls):
             yield {"loss": loss, "kl/mismatched": z, f"logps/{side}": logp,
                    f"rewards/{side}": a.beta * r}
 
-    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99), 1e-4)
+    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99), 2e-4)
 
 
 def learn_rankings(a, calls):
@@ -406,7 +405,7 @@ def learn_rollouts(a, calls):
             minibatches = [part for order in orders for part in (order[:half], order[half:])]
         else:
             best = [max(indices[i:i + a.n], key=scores.__getitem__) for i in indices[::a.n]]
-            orders = [rng.sample(best, len(best)) for _ in range(a.ppo_epochs)]
+            orders = [rng.sample(best, len(best)) for _ in range(a.epochs)]
             minibatches = [part for order in orders for part in (order[::2], order[1::2])]
         # The updates.
         optimizer.param_groups[0]["lr"], seen = line["lr"], []
@@ -480,7 +479,8 @@ def learn_hindsight(a, calls):
     model, online, calls = plain(), [], iter(calls)
     algo = getattr(a, "algo", "chain")
     alpha, beta, others = (a.alpha, a.beta, a.alternatives) if algo == "hir" else (0, 0, 0)
-    K, count, e = math.ceil(a.epochs * a.rounds), a.rounds * a.batch_size, a.label_smoothing
+    K, count = math.ceil(a.updates_per_round * a.rounds), a.rounds * a.batch_size
+    e = a.label_smoothing
 
     def lesson(step):
         if step % K == 0:
@@ -576,7 +576,7 @@ RANK = dict(PAIR, data="rankings.jsonl")
 ROLL = dict(COMMON, n=2, batch_size=6, steps=2, ppo_epochs=2,
             missing_eos_score=-2.5, beta=0.3, reference="reference")
 PPO = dict(ROLL, lam=0.6, ptx_data="texts.jsonl", ptx_coef=0.3)
-HIR = dict(COMMON, seed=11, batch_size=2, episodes=2, rounds=2, epochs=0.6, warm_up=0,
+HIR = dict(COMMON, seed=11, batch_size=2, episodes=2, rounds=2, updates_per_round=0.6, warm_up=0,
            requirements=2, temperature=0.7, label_smoothing=0.1)
 FIX = dict(COMMON, batch_size=6, alpha=0.5, beta=6.0, rounds=2, epochs=3.5, warm_up=0)
 CASES = {
@@ -599,7 +599,7 @@ CASES = {
     "ppo": (ppo_rlhf, learn_rollouts, dict(PPO, kl_target=0.5)),
     "judged": (ppo_rlhf, learn_rollouts, dict(
         PPO, reward_model="reward", ppo_epochs=1, data="answers.jsonl")),
-    "raft": (raft, learn_rollouts, ROLL),
+    "raft": (raft, learn_rollouts, dict(ROLL, epochs=2)),
     "hir": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05, alternatives=2)),
     "farl": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05)),
     "chain": (chain_of_hindsight, learn_hindsight, HIR),
@@ -613,6 +613,7 @@ def run(script, flags, out, **stubs):
     """Run a script with stubs in it and in its parent: (lines of metrics.jsonl, saved weights)."""
     known = script.parse_args([])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(helper.Run, "report", lambda *_, **__: None)
         for module in (script, PARENT.get(script, script)):
             for name in stubs.keys() & vars(module).keys():
                 patch.setattr(module, name, stubs[name])
@@ -640,7 +641,7 @@ def test_steps_equal_a_plain_derivation(case, tmp_path, float64):
     flags = dict({"loss": choice, "algo": choice, "model": "tiny"}, **flags)
     rows, weights = run(
         script, flags, tmp_path, sample=sample, toy_prompts=lambda *_: PROMPTS,
-        evaluate=lambda *_: NOTHING[PARENT.get(script, script)], report=lambda *_, **__: None,
+        evaluate=lambda *_: NOTHING,
         toy_problems=lambda count: (problems[:3], problems[3:]),
         toy_instructions=lambda _, held_out: [dict(ASKED[0], length="long")] if held_out else ASKED)
     expected, model = derive(SimpleNamespace(**flags), calls)
@@ -657,7 +658,7 @@ def test_steps_equal_a_plain_derivation(case, tmp_path, float64):
 
 BRIEF = dict(batch_size=8, max_new_tokens=16, samples=12, steps=2, pairs=16, rankings=16, n=1,
              examples=16, problems=8, ppo_epochs=1, warm_up=1, requirements=2, episodes=2)
-HALF = dict(rounds=4, epochs=0.5)
+HALF = dict(rounds=4, epochs=0.5, updates_per_round=0.5)
 RUNS = {
     "dpo": (dpo, {}), "kto": (kto, {}), "simpo": (simpo, {}), "rankings": (rankings, {}),
     "reward_model": (reward_model, {}), "ppo": (ppo_rlhf, {}), "raft": (raft, {}),
@@ -679,9 +680,9 @@ def observed(script, flags, out, evaluated=True):
 
     def watched_evaluate(*args):
         if not evaluated:
-            return NOTHING[parent]
+            return NOTHING
         if parent is hir:  # it also asks for what training asked for
-            args[2].pop("all", None)
+            args[3].pop("all", None)
         inside[0] = 1
         result = evaluate(*args)
         inside[0] = 0
@@ -712,7 +713,7 @@ def observed(script, flags, out, evaluated=True):
     _, weights = run(
         script, dict(BRIEF, **flags), out, evaluate=watched_evaluate, split_batch=watched_split,
         sample=sample, prompt_of=watched_prompt, output_statistics=watched_statistics,
-        report=lambda *_, **__: None, toy_prompts=lambda *_: PROMPTS,
+        toy_prompts=lambda *_: PROMPTS,
         toy_verdicts=lambda topics, text: [REVIEWS.get(text, [0])[0] > 0])
     return *prompts, seeds, weights
 
@@ -746,7 +747,7 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch, float64):
     monkeypatch.setattr(script, "sample", lambda model, tokenizer, asked, *_, **__: [
         ids_of(text) for text in drawn[probe(model)] * (len(asked) // n)])
     a = SimpleNamespace(samples=n, beta=0.6, seed=0, data=None, max_new_tokens=12, max_tokens=999,
-                        missing_eos_score=-2.5)
+                        missing_eos_score=-2.5, reward_model=None)
     models = plain(), plain("reference")
 
     @functools.cache
@@ -759,30 +760,31 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch, float64):
                 "samples/true_reward": fmean(REVIEWS[text][0] for text in texts),
                 "samples/grammatical": fmean(REVIEWS[text][1] for text in texts)}
                for texts in drawn.values()]
-    reward = "samples/true_reward"
+    key = "samples/true_reward"
     if script is dpo:
         rows = [[encode(row["prompt"], row[key]) for key in ("chosen", "rejected")]
                 for row in PAIRS]
-        result = dpo.evaluate(policy, reference, tokenizer, rows, test, a)
+        result, _ = dpo.evaluate(policy, reference, tokenizer, rows, test, a)
         columns[1]["rewards/accuracy"] = fmean(
             log_ratio(row["prompt"], row["chosen"]) > log_ratio(row["prompt"], row["rejected"])
             for row in PAIRS)
     else:
-        result = ppo_rlhf.evaluate(policy, reference, None, tokenizer, test, a)
-        reward = "scores/mean"
+        reward = ppo_rlhf.load_reward(None, None, None, a)
+        result, _ = ppo_rlhf.evaluate(policy, reference, reward, tokenizer, test, a)
+        key = "scores/mean"
         for column, texts in zip(columns, drawn.values()):
             column |= {"samples/without_eos": texts.count(CUT) / n, "scores/mean": fmean(
                 a.missing_eos_score if text == CUT else REVIEWS[text][0] for text in texts)}
     kl = fmean(log_ratio(prompt, text) for prompt in test for text in drawn[probe(policy)])
     wins = [REVIEWS[new][0] - REVIEWS[old][0] for old, new in zip(*drawn.values())]
     columns[1]["samples/win_rate"] = fmean(1 if win > 0 else 0 if win < 0 else 0.5 for win in wins)
-    start, now, best = columns[0][reward], columns[1][reward] - a.beta * kl, result[1]["J/optimum"]
+    start, now, best = columns[0][key], columns[1][key] - a.beta * kl, result["after"]["J/optimum"]
     columns[1] |= {"kl/policy_reference": kl, "J/reference": start, "J/policy": now,
                    "J/share_of_the_way": (now - start) / (best - start), "J/optimum": best}
-    columns[1] |= {key: result[1][key] for key in (
+    columns[1] |= {name: result["after"][name] for name in (
         "J/effective_samples", "J/optimum_se", "J/share_se")}
     assert best > max(start, now)
-    for column, expected in zip(result, columns):
+    for column, expected in zip(result.values(), columns):
         assert column == pytest.approx(expected, rel=1e-5)
 
 
@@ -799,13 +801,14 @@ def test_evaluation_of_a_reward_model():
         margins += [r[i] - r[j] for i, j in pairs]
         gaps += [abs(true[i] - true[j]) for i, j in pairs]
     a = SimpleNamespace(max_tokens=70, data=None)
-    metrics, _ = reward_model.evaluate(model, tokenizer, rows, a)
-    assert metrics == pytest.approx({
+    columns, _ = reward_model.evaluate("now", model, tokenizer, rows, a)
+    assert columns["now"] == pytest.approx({
         "pairs/accuracy": fmean(margin > 0 for margin in margins),
         "pairs/ceiling": fmean(1 / (1 + math.exp(-gap)) for gap in gaps),
         "calibration/error": reward_model.calibration_error(torch.tensor(margins))}, rel=1e-4)
     model.score.weight.data.zero_()  # equal texts in one pass could differ by rounding
-    assert reward_model.evaluate(model, tokenizer, rows, a)[0]["pairs/accuracy"] == 0
+    columns, _ = reward_model.evaluate("now", model, tokenizer, rows, a)
+    assert columns["now"]["pairs/accuracy"] == 0
 
 
 def test_evaluation_of_summaries(monkeypatch):
@@ -834,7 +837,8 @@ def test_evaluation_of_instructions(monkeypatch):
     groups = {name: [({"prompt": ""}, wanted)] for name, wanted in (
         ("all", ASKED[0]), ("held_out", {"length": "short"}))}
     a = SimpleNamespace(samples=6, seed=0, max_new_tokens=12, max_tokens=99, temperature=1.0)
-    assert hir.evaluate(*helper.load_model(), groups, a) == pytest.approx({
+    columns, _ = hir.evaluate("now", *helper.load_model(), groups, a)
+    assert columns["now"] == pytest.approx({
         "followed/all": 1 / 6, "followed/length": 3 / 6, "followed/mood": 2 / 6,
         "samples/reviews": 4 / 6, "followed/held_out": 3 / 6})
 
@@ -868,7 +872,8 @@ def test_bf16_is_used_on_cuda_alone(script, monkeypatch):
         return contextlib.nullcontext()
 
     monkeypatch.setattr(torch, "autocast", autocast)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x if a == (cuda,) else to(x, *a, **k))
+    monkeypatch.setattr(torch.Tensor, "to",
+                        lambda x, *a, **k: x if a == (cuda,) else to(x, *a, **k))
     for device in (torch.device("cpu"), cuda):
         monkeypatch.setattr(type(model), "device", device)
         script.hidden_states(model, torch.tensor([[EOS, 5]]), torch.tensor([1]))
@@ -878,8 +883,10 @@ def test_bf16_is_used_on_cuda_alone(script, monkeypatch):
 
 def test_no_control_character_reaches_the_terminal(tmp_path, capsys):
     """A sample can hold escape sequences, which a terminal would obey."""
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    helper.report(tmp_path, {"after": {}}, [{"after": "gone\x1b[2J\r\x07"}], [["lr"], ["lr"]])
+    run = helper.Run(SimpleNamespace(out=str(tmp_path), resume=False, device="cpu"))
+    run.begin()
+    run.log({})
+    run.report({"after": {}}, [{"after": "gone\x1b[2J\r\x07"}], [["lr"], ["lr"]])
     tokenizer = helper.Tokenizer(helper.TINY)
     tokenizer.show([EOS], tokenizer.encode("\x1b[2J"))
     with pytest.raises(SystemExit):

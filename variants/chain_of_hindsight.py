@@ -136,8 +136,7 @@ def train(args):
 
 def parse_args(argv=None):
     """The flags that HIR and Chain of Hindsight share."""
-    parser = make_parser(__doc__)
-    parser.set_defaults(out="runs/chain_of_hindsight")
+    parser = make_parser(__file__, __doc__, hir.DEFAULTS)
     return parser.parse_args(argv)
 
 

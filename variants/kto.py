@@ -28,7 +28,7 @@ from tqdm import tqdm
 import dpo
 from dpo import (evaluate, group_logps, make_parser, response_logps, schedule, split_batch,
                  toy_pairs)
-from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model, number,
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
                    read_jsonl, read_row, save_model, share, split_by_prompt)
 
 # ----------------------------------------------------------------------------------- the loss
@@ -126,7 +126,7 @@ def train(args):
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  eps=3e-4 if model.small else 1e-8, fused=True)  # as in dpo.py
+                                  eps=2e-4 if model.small else 1e-8, fused=True)  # as in dpo.py
     start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
@@ -198,15 +198,12 @@ DEFAULTS = dpo.DEFAULTS | {"lr": (5e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32)}
 
 def parse_args(argv=None):
     """The flags that DPO and KTO share, and those that only KTO has."""
-    parser = make_parser(__doc__, DEFAULTS)
+    parser = make_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
-    flag("--beta", type=number(0.0), default=0.5,
+    flag("--beta", type="amount", default=0.5,
          help="price of a nat of KL from the reference; 0.1 is usual with --data")
-    flag("--lambda_desirable", type=number(0.0), default=1.0,
-         help="weight of desirable responses")
-    flag("--lambda_undesirable", type=number(0.0), default=1.0,
-         help="weight of undesirable responses")
-    parser.set_defaults(out="runs/kto")
+    flag("--lambda_desirable", type="amount", default=1.0, help="weight of desirable responses")
+    flag("--lambda_undesirable", type="amount", default=1.0, help="weight of undesirable responses")
     return parser.parse_args(argv)
 
 

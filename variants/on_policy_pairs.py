@@ -15,7 +15,6 @@ with every response and its score, for variants.win_rate. A response that does n
 --max_new_tokens is cut behind its last full stop; without one, nothing is left of it.
 """
 
-import argparse
 import json
 import os
 import random
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from model import RANK, Run, fail, launch, load_model, number, read_jsonl, read_row
+from model import RANK, Run, fail, launch, load_model, new_parser, number, read_jsonl, read_row
 from reward_model import sample, toy_prompts, toy_reward
 from variants.win_rate import load_judge, score_responses
 
@@ -108,22 +107,16 @@ def collect(args):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__file__, __doc__, trains=False)
     flag = parser.add_argument
     flag("--model", default="tiny", help="the policy: tiny, a folder, or a hub id such as gpt2")
     flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
     flag("--data", help='JSON Lines file of {"prompt"}; None: the toy task')
-    flag("--out", default="runs/on_policy_pairs", help="folder for pairs.jsonl and samples.jsonl")
     flag("--n", type=number(2), default=5, help="responses to each prompt")
-    flag("--temperature", type=number(0.0), default=1.0, help="of sampling; SimPO took 0.8")
-    flag("--max_new_tokens", type=number(1), default=64, help="tokens of the longest response")
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a scoring pass: bounds memory")
-    flag("--prompts", type=number(1), default=2048, help="toy: prompts to sample for")
-    flag("--seed", type=number(0), default=0, help="the same seed gives the same pairs")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.set_defaults(resume=False)
+    flag("--temperature", type="amount", default=1.0, help="of sampling; SimPO took 0.8")
+    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest response")
+    flag("--prompts", type="positive", default=2048, help="toy: prompts to sample for")
+    flag("--seed", type="whole", default=0, help="the same seed gives the same pairs")
     return parser.parse_args(argv)
 
 

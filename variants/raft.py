@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import ppo_rlhf
-from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model, number,
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
                    save_model, share)
 from ppo_rlhf import (evaluate, kl_estimates, load_prompts, load_reward, make_parser, mask_of,
                       per_token, rollout, schedule, split_batch, token_logps, toy_grammatical,
@@ -169,15 +169,14 @@ def train(args):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__file__, __doc__, ppo_rlhf.DEFAULTS)
     flag = parser.add_argument
-    flag("--beta", type=number(0.0), default=0.5,
+    flag("--beta", type="amount", default=0.5,
          help="evaluation: price of a nat of KL in J; training has no penalty")
-    flag("--epochs", type=number(1), default=4,
+    flag("--epochs", type="positive", default=4,
          help="passes over a step's best samples, two updates each")
     flag("--best_of_n", action="store_true",
          help="no training: compare single samples with the best of --n samples")
-    parser.set_defaults(out="runs/raft")
     return parser.parse_args(argv)
 
 

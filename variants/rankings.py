@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import simpo
-from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model, number,
+from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
                    read_jsonl, save_model, share, split_by_prompt)
 from reward_model import read_ranking
 from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule, split_batch,
@@ -198,12 +198,11 @@ DEFAULTS = simpo.DEFAULTS | {"lr": (3e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32
 
 def parse_args(argv=None):
     """The flags that SimPO and rankings share, and those that only rankings have."""
-    parser = make_parser(__doc__, DEFAULTS)
+    parser = make_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
     flag("--loss", default="rrhf", choices=["rrhf", "pro"], help="what is minimised")
-    flag("--lam", type=number(0.0),
+    flag("--lam", type="amount",
          help="weight of the SFT term; None: 1 for rrhf, 0.05 (K - 1)^2 for pro")
-    parser.set_defaults(out="runs/rankings")
     return parser.parse_args(argv)
 
 

@@ -16,13 +16,12 @@ on. Two warnings:
   arXiv:2306.05685v4, 3.3). It has to be asked in both orders.
 """
 
-import argparse
 import json
 
 import torch
 from tqdm import tqdm
 
-from model import Run, fail, launch, load_model, number, read_jsonl, read_row
+from model import Run, fail, launch, load_model, new_parser, read_jsonl, read_row
 from reward_model import reward_scores, split_batch
 
 
@@ -92,17 +91,11 @@ def compare(args):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__file__, __doc__, trains=False)
     flag = parser.add_argument
     flag("A", help='JSON Lines file of {"prompt", "response"}')
     flag("B", help="another one, with the same prompts")
     flag("--judge", required=True, help="folder or hub id of a reward model")
-    flag("--out", default="runs/win_rate", help="folder for the table and the scored responses")
-    flag("--max_tokens", type=number(1), default=4096,
-         help="tokens in a scoring pass: bounds memory")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.set_defaults(resume=False)
     return parser.parse_args(argv)
 
 
