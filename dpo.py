@@ -432,10 +432,10 @@ def train(args):
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    # Adam divides by the size of a gradient, so even a tiny one moves a weight at full speed. eps
-    # prevents this for tiny's words that no review contains: see "steady" in docs/dpo.md.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  eps=2e-4 if model.small else 1e-8, fused=True)
+    # Adam divides by the typical size of a weight's gradient, so a weight with a tiny gradient moves
+    # as fast as any. A larger eps slows it down: see "What keeps it steady" in docs/dpo.md.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=args.adam_eps,
+                                  weight_decay=0.0, fused=True)
     start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
@@ -505,7 +505,7 @@ def train(args):
 
 # Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = {"lr": (7e-4, 3e-5, 1e-5), "batch_size": (50, 8, 32), "pairs": (6400, 160, None),
-            "samples": (128, 8, 8)}
+            "adam_eps": (2e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
 
 
 def make_parser(file, text, defaults):
@@ -514,6 +514,8 @@ def make_parser(file, text, defaults):
     flag = parser.add_argument
     flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; None: the toy task')
     flag("--lr", type="amount", help="peak learning rate")
+    flag("--adam_eps", type="amount",
+         help="Adam's epsilon; a higher one slows weights with small gradients")
     flag("--epochs", type="positive", default=1, help="passes over the data")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive", help="examples in an update")

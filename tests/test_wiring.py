@@ -234,7 +234,7 @@ def learn_pairs(a, calls):
             margin = numbers["rewards/chosen"] - numbers["rewards/rejected"]
             yield numbers | {"rewards/accuracy": margin > 1e-4}  # ties count as wrong
 
-    adam = ((0.9, 0.99), 2e-4) if a.loss in ("dpo", "ipo", "rdpo") else ((0.9, 0.95), 1e-8)
+    adam = ((0.9, 0.99), a.adam_eps) if a.loss in ("dpo", "ipo", "rdpo") else ((0.9, 0.95), 1e-8)
     return learn(a, model, batches(split(PAIRS), a), lesson, *adam)
 
 
@@ -263,7 +263,7 @@ def learn_labels(a, calls):
             yield {"loss": loss, "kl/mismatched": z, f"logps/{side}": logp,
                    f"rewards/{side}": a.beta * r}
 
-    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99), 2e-4)
+    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99), a.adam_eps)
 
 
 def learn_rankings(a, calls):
@@ -571,7 +571,7 @@ def learn_corrections(a, calls):
 # --------------------------------------------------------------------------- two steps of each
 
 COMMON = dict(lr=2e-3, batch_size=3, max_tokens=160, seed=3, max_new_tokens=12)
-PAIR = dict(COMMON, data="pairs.jsonl", epochs=2, max_length=32)
+PAIR = dict(COMMON, data="pairs.jsonl", epochs=2, max_length=32, adam_eps=1e-3)
 RANK = dict(PAIR, data="rankings.jsonl")
 ROLL = dict(COMMON, n=2, batch_size=6, steps=2, ppo_epochs=2,
             missing_eos_score=-2.5, beta=0.3, reference="reference")

@@ -126,7 +126,7 @@ def train(args):
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-                                  eps=2e-4 if model.small else 1e-8, fused=True)  # as in dpo.py
+                                  eps=args.adam_eps, fused=True)
     start = run.load_state(model, optimizer)["step"]
 
     progress = tqdm(range(start, steps), initial=start, total=steps, disable=None)
