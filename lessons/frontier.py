@@ -4,7 +4,7 @@
 
 What to see in the figure: PPO lies on the frontier and keeps to the language of the reference. DPO
 and IPO come nearly as near, but below, in "Who leaves the language?", some of their seeds have left
-it. SimPO and RAFT, which have no price of KL, go ever further to the right.
+it. SimPO and RAFT, which have no price of KL, fall further below the longer they run.
 
 No policy can have more reward at its KL from the reference than pi*(y) ~ pi_ref(y) exp(r(y)/beta)
 has at the same KL, for the beta that leads there. All these pi* together are the frontier: Figure 2
@@ -33,10 +33,10 @@ For each method and penalty: reward, KL, and
     mass      share of the policy on the 5,832 responses, of each seed. Reward, KL and gaps are of
               the policy on that set; one that has left it is not near any optimum, whatever they
               say. (Of reviews: the share that is grammatical.)
-Means are over three seeds. Best-of-n is computed, not trained, so it has no seeds. Three checks come first: all-at-once log-
-probs against one by one; J* from samples, as the scripts print it, against J* by enumeration; and
-the sampled frontier against the exact one, each with its effective sample size. Tables and figure
-are left in --out.
+Means are over three seeds. Best-of-n is computed, not trained, so it has no seeds. Three checks
+come first: all-at-once log-probs against one by one; J* from samples, as the scripts print it,
+against J* by enumeration; and the sampled frontier against the exact one, each with its effective
+sample size, of all prompts together. Tables and figure are left in --out.
 """
 
 import argparse

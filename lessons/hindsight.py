@@ -3,14 +3,14 @@
     python -m lessons.hindsight                    # about half an hour on two cores; can be resumed
 
 What to see in the figure: with one requirement, where chance succeeds half of the time, HIR and
-filtered cloning (farl) rise alike. With three, where it succeeds once in thirty, only HIR rises;
+filtered cloning (farl) rise alike. With three, where it succeeds once in thirty, only HIR gets far;
 filtered cloning and Chain of Hindsight (coh) have too few successes to learn from. A curve is the
 share of each episode's samples that did what they were asked, before they were learnt from.
 
 The toy of hir.py. All methods start from one warmed-up model, draw 256 samples in each of 8
 episodes and make 40 updates of 32 examples after each. What differs is what they can learn from,
 and how often chance does what it is asked: an instruction of one requirement (length) is followed
-by half of the first samples, one of two (length, mood) by a sixth, one of three by one in fifty.
+by half of the first samples, one of two (length, mood) by a fifth, one of three by one in thirty.
 
 The table has means ± SD over five seeds, of samples that nobody trained on. Table and figure are
 left in --out.

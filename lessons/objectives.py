@@ -2,10 +2,9 @@
 
     python -m lessons.objectives                   # about 12 minutes on two cores; can be resumed
 
-What to see in the figure: three groups. Those with a reference (dpo, ipo, rdpo, kto, ...) gain the
-most quality, at half a nat of KL or more. The means of log-probs (simpo, rrhf, pro) and plain sft
-on the best come next, and cpo, orpo and slic hardly leave the start. Within a group the error bars,
-which are SDs over three seeds, overlap.
+What to see in the figure: three groups. Those with a reference (dpo, cdpo, ipo, rdpo, kto) gain the
+most quality, at about half a nat of KL. simpo, rrhf, pro and plain sft on the best come next, and
+cpo, orpo and slic gain least. The bars are SDs over three seeds: what differs by less says nothing.
 
 The toy of simpo.py: 512 posts, four summaries of each by tiny/, ranked by a human who knows
 quality, likes length, and errs. All objectives learn from the same rankings: the pairwise ones from
