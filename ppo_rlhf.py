@@ -345,8 +345,6 @@ def load_prompts(tokenizer, small, args):
     """(prompts to learn from, prompts held out) which leave room for --max_new_tokens."""
     prompts = toy_prompts(small)
     if args.data:
-        if not args.reward_model:
-            fail("--data: the toy's reward does not fit your prompts; give a --reward_model")
         prompts = [read_row(row, tokenizer)["prompt"] for row in read_jsonl(args.data)]
     room = tokenizer.context - args.max_new_tokens
     usable = [{"prompt": prompt} for prompt in prompts
@@ -365,6 +363,8 @@ def load_reward(reference, tokenizer, prompts, args):
     that end. So beta and --missing_eos_score mean the same for all reward models.
     """
     if not args.reward_model:
+        if args.data:
+            fail("--data: the toy's reward does not fit your prompts; give a --reward_model")
         return lambda prompts, texts: torch.tensor([toy_reward(text) for text in texts])
     model, own = load_model(args.reward_model, "reward", args.device)
     if "SequenceClassification" not in str(model.config.architectures):
@@ -566,8 +566,11 @@ def learn(networks, optimizer, batch, ptx, rng, args):
     return metrics | {"policy/grad_norm": norms[0], "value/grad_norm": norms[1]}
 
 
-def train(args):
-    """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
+def train(args, reward=None):
+    """Run the algorithm; leave the model and what happened in args.out; return final metrics.
+
+    reward: as `load_reward` returns it, for a reward of your own; None: the one that args name.
+    """
     run = Run(args)
 
     # 1. The policy pi, the reference, and the value network: a copy of the policy with a new head.
@@ -583,7 +586,7 @@ def train(args):
 
     # 2. The prompts, the reward, and texts for PPO-ptx, as responses to an empty prompt.
     prompts, held_out = load_prompts(tokenizer, policy.small, args)
-    reward = load_reward(reference, tokenizer, prompts, args)
+    reward = reward or load_reward(reference, tokenizer, prompts, args)
     ptx = []
     if args.ptx_data:
         for row in read_jsonl(args.ptx_data):

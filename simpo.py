@@ -6,7 +6,7 @@ should beat the rejected one, y_l, by a margin gamma. There is no reference mode
     loss = -log sigma(beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x) - gamma)               (6)
 
 The mean gives beta the same meaning for short and for long responses. With sums a long response
-would earn less, since the log-prob of each token is negative. benchmarks/simpo_lesson.py compares.
+would earn less, since the log-prob of each token is negative. lessons/length_bias.py compares.
 
     python simpo.py                                  # toy: summaries; the human likes them long
     python simpo.py --data mine.jsonl --model gpt2   # lines of {"prompt", "chosen", "rejected"}

@@ -20,7 +20,7 @@ first.
 
 - ours: as in dpo.py: `response_logps` and `dpo_loss` over the parts of `split_batch`. The log-probs
   of the reference are there before, like those of dpo.py from the second epoch on.
-- ours +ref: the same after `score` of the reference: an update of the first epoch, when all is
+- ours +ref: the same after `group_logps` of the reference: an update of the first epoch, when all is
   counted.
 - trl as shipped: DPOTrainer's defaults, with the reference in each update and gradient
   checkpointing; but for bfloat16 on a CPU, also a default, which no fp32 loss equals to 1e-5. On a
@@ -59,7 +59,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dpo import collate, dpo_loss, response_logps, score, split_batch  # noqa: E402
+from dpo import collate, dpo_loss, group_logps, response_logps, split_batch  # noqa: E402
 from model import Tokenizer, fail, read_jsonl  # noqa: E402
 
 BETA, LR, EOS, CHECKED, LENGTH = 0.1, 1e-6, 50256, 2, 512
@@ -137,7 +137,7 @@ def run(args, meter):
     """Ours, and Liger: the loop of dpo.py."""
     pairs, model, reference = make_pairs(args), make_model(args, 0), make_model(args, 1)
     if args.worker == "ours":
-        reference_logps = score(reference, pairs, args.max_tokens)  # (pairs, 2)
+        reference_logps = group_logps(reference, pairs, args.max_tokens)  # (pairs, 2)
         del reference
     elif args.worker == "liger +ref":
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
@@ -162,7 +162,7 @@ def run(args, meter):
         meter.begin()
         total = 0.0
         if args.worker == "ours +ref":
-            reference_logps = score(reference, pairs, args.max_tokens)
+            reference_logps = group_logps(reference, pairs, args.max_tokens)
         for part in split_batch(pairs, args.max_tokens):
             if args.worker == "liger +ref":
                 loss = liger_loss(part)

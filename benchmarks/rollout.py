@@ -78,7 +78,7 @@ def run(name, model, prompts, seed, args):
     responses = (generate if "generate" in name else draw)(model, prompts, seed, args)
     sequences = list(zip(prompts, responses))
     if name == BASE:
-        token_logps(model, sequences)
+        token_logps(model, sequences, max(map(len, responses)))
     elif name == "ours":
         per_token(token_logps, model, sequences, args.max_tokens)
     if args.device == "cuda":

@@ -17,11 +17,14 @@ from conftest import ROOT
 
 SCRIPTS = "sft reward_model ppo_rlhf dpo simpo hir self_correct".split()
 VARIANTS = [f"variants.{path.stem}" for path in sorted(ROOT.glob("variants/[a-z]*.py"))]
+LESSONS = [f"lessons.{path.stem}" for path in sorted(ROOT.glob("lessons/[a-z]*.py"))]
+OTHERS = ["docs.measure", "tiny.make", *(f"benchmarks.{path.stem}"
+                                         for path in sorted(ROOT.glob("benchmarks/*.py")))]
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md"))]
 # Functions of one name that do different things in different scripts.
 OWN = {"train", "evaluate", "parse_args", "make_parser", "toy_review", "toy_warm_up", "DEFAULTS"}
-# Tokens of code that a file may have. More than planned: standard errors of J* (170 in dpo.py and in
-# ppo_rlhf.py each); model.py holds the flags that all scripts share (which took 150 from each of
+# Tokens of code that a file may have. More than planned: standard errors of J* (170 in dpo.py and
+# in ppo_rlhf.py each); model.py holds the flags that all scripts share (which took 150 from each of
 # them), and the checks for users' own data and models: what a template, a tokenizer or a folder
 # would otherwise do wrong in silence, and what --resume compares.
 BUDGET = {"sft": 2970, "reward_model": 3150, "dpo": 4250, "simpo": 4000, "ppo_rlhf": 5370,
@@ -32,6 +35,10 @@ NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 
 def source(module):
     return (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+
+
+def docstring(module):
+    return ast.get_docstring(ast.parse(source(module)))
 
 
 def definitions(module):
@@ -64,7 +71,7 @@ def test_functions_of_one_name_are_identical():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_import_nothing_of_ours_but_model(script):
     """Each script is read, and copied, alone: it may lean on model.py and on no other script."""
-    ours = {"variants", "tests", "benchmarks", "tiny", *SCRIPTS}
+    ours = {"variants", "lessons", "tests", "benchmarks", "tiny", *SCRIPTS}
     for node in ast.walk(ast.parse(source(script))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
@@ -104,17 +111,17 @@ def commands(text):
     return [shlex.split(part, comments=True)[1:] for line in lines for part in line.split("&&")]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS, *VARIANTS],
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS, *VARIANTS, *LESSONS, *OTHERS],
                          ids=lambda page: getattr(page, "name", page))
 def test_commands_parse(page):
-    """The flags of every command exist; files that are named without flags of ours exist."""
-    text = source(page) if isinstance(page, str) else page.read_text(encoding="utf-8")
+    """The flags of every command exist, and so do all files that are named."""
+    text = docstring(page) if isinstance(page, str) else page.read_text(encoding="utf-8")
     found = commands(text)
     assert found or page not in SCRIPTS
     for words in found:
         module, *flags = words[words[0] == "-m":]
         module = module.removesuffix(".py")
-        if module in (*SCRIPTS, *VARIANTS):
+        if module in (*SCRIPTS, *VARIANTS, *LESSONS):
             importlib.import_module(module).parse_args([f for f in flags if f != "--help"])
         elif module == "pytest":
             assert all((ROOT / flag).exists() for flag in flags if "/" in flag), words
@@ -125,7 +132,8 @@ def test_commands_parse(page):
 @pytest.mark.slow
 def test_commands_run(tmp_path):
     """All commands of README and docs in their order, from a fresh clone. The other models that
-    they name are copies of tiny, the files small. Left out: benchmarks, tiny.make, pytest."""
+    they name are copies of tiny, the files small. Left out: lessons, which take hours, benchmarks,
+    docs/measure.py, tiny.make, pytest."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     for name in ("gpt2", "Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-135M-Instruct", "M"):
@@ -138,7 +146,7 @@ def test_commands_run(tmp_path):
     lines = [tuple(line) for page in PAGES for line in commands(page.read_text(encoding="utf-8"))]
     failed = []
     for line in dict.fromkeys(lines):
-        if not re.match("benchmarks|-m pytest|-m tiny", " ".join(line)):
+        if not re.match("benchmarks|docs|-m (lessons|pytest|tiny)", " ".join(line)):
             run = subprocess.run([sys.executable, *line], cwd=clone, capture_output=True, text=True)
             failed += [(line, run.stderr[-300:])] * (run.returncode != 0)
     assert [line for line in failed if "no answer is better" not in line[1]] == []  # tiny has none
@@ -151,4 +159,14 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         assert target.startswith("http") or (page.parent / target.partition("#")[0]).exists()
     if page.name == "errata.md":
-        assert {*re.findall(r"`(test_\w+)`", text), "CERTAIN"} == {*definitions("docs.test_errata")}
+        found = {*re.findall(r"`(test_\w+)`", text), "CERTAIN"}
+        assert found == {*definitions("tests.test_errata")}
+
+
+def test_lessons_begin_with_their_question():
+    """Then comes the command that answers it, and what to see. A page of docs shows each lesson."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for lesson in LESSONS:
+        question, _, command, *rest = docstring(lesson).splitlines()
+        assert question.endswith("?") and f"python -m {lesson}" in command, lesson
+        assert "What to see in the" in "".join(rest) and f"python -m {lesson}" in pages, lesson

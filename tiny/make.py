@@ -2,14 +2,19 @@
 
     python -m tiny.make                 # writes runs/tiny, in about 20 minutes on one CPU core
 
+Why has it a gather of log-probs of its own? The model in tiny/ is frozen, and has to come out again
+from this file. The code of the scripts may change, for instance to be faster, and then sums are
+rounded in another order, which after 2000 steps is another model. So `Gather` and `token_logps`
+stay as they were when tiny/ was made: batches with an attention mask, and the whole vocabulary at
+once. From sft.py and simpo.py come the texts, `collate`, `schedule` and `sft_loss`; whoever changes
+what they compute also changes the model.
+
 It learns two toy tasks from scratch: the reviews of sft.py and the summaries of simpo.py. The
 moods of the reviews are balanced, and half of the summaries come from a careless reader, who leaves
 facts out or makes them up. So the other scripts have something to improve.
 
 On one machine, with as many threads, the same file comes out each time, bit for bit; another one
-rounds differently and ends with other weights. The loss is that of sft.py, but it rounds
-differently: its batches have an attention mask, and its gradient is summed in another order. The
-model in tiny/ was made in this way, so please leave both as they are.
+rounds differently and ends with other weights.
 """
 
 import argparse

@@ -86,8 +86,11 @@ def evaluate_best_of_n(reference, reward, tokenizer, prompts, args):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def train(args):
-    """Run the algorithm; leave the model and what happened in args.out; return final metrics."""
+def train(args, reward=None):
+    """Run the algorithm; leave the model and what happened in args.out; return final metrics.
+
+    reward: as in ppo_rlhf.py.
+    """
     run = Run(args)
 
     # 1. The policy, the reference, the prompts, and the reward model if there is one.
@@ -97,7 +100,7 @@ def train(args):
     if other.transformers.get_vocab() != tokenizer.transformers.get_vocab():
         fail(f"--reference {args.reference}: its tokenizer is not that of --model {args.model}")
     prompts, held_out = load_prompts(tokenizer, policy.small, args)
-    reward = load_reward(reference, tokenizer, prompts, args)
+    reward = reward or load_reward(reference, tokenizer, prompts, args)
     if args.best_of_n:
         run.begin()
         columns, samples = evaluate_best_of_n(reference, reward, tokenizer, held_out, args)

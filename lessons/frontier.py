@@ -1,6 +1,10 @@
-"""The reward-KL frontier, exactly, and how near to it every method comes. Three seeds each.
+"""How much reward can be had for a given KL, and how near to that does each method come?
 
-    python benchmarks/frontier.py                  # about half an hour on two cores; can be resumed
+    python -m lessons.frontier                     # about half an hour on two cores; can be resumed
+
+What to see in the figure: PPO lies on the frontier and keeps to the language of the reference. DPO
+and IPO come nearly as near, but below, in "Who leaves the language?", some of their seeds have left
+it. SimPO and RAFT, which have no price of KL, fall further below the longer they run.
 
 No policy can have more reward at its KL from the reference than pi*(y) ~ pi_ref(y) exp(r(y)/beta)
 has at the same KL, for the beta that leads there. All these pi* together are the frontier: Figure 2
@@ -29,9 +33,10 @@ For each method and penalty: reward, KL, and
     mass      share of the policy on the 5,832 responses, of each seed. Reward, KL and gaps are of
               the policy on that set; one that has left it is not near any optimum, whatever they
               say. (Of reviews: the share that is grammatical.)
-Best-of-n is computed, not trained, so it has no seeds. Three checks come first: all-at-once log-
-probs against one by one; J* from samples, as the scripts print it, against J* by enumeration; and
-the sampled frontier against the exact one, each with its effective sample size.
+Means are over three seeds. Best-of-n is computed, not trained, so it has no seeds. Three checks
+come first: all-at-once log-probs against one by one; J* from samples, as the scripts print it,
+against J* by enumeration; and the sampled frontier against the exact one, each with its effective
+sample size, of all prompts together. Tables and figure are left in --out.
 """
 
 import argparse
@@ -42,7 +47,6 @@ import math
 import random
 import signal
 import statistics
-import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,14 +54,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import dpo  # noqa: E402
-import ppo_rlhf  # noqa: E402
-import sft  # noqa: E402
-import simpo  # noqa: E402
-from model import load_model, split_by_prompt  # noqa: E402
-from variants import kto, raft  # noqa: E402
+import dpo
+import ppo_rlhf
+import sft
+import simpo
+from model import load_model, split_by_prompt
+from variants import kto, raft
 
 METHODS = {  # name: (script, flags, the flag that varies, its values)
     "ppo": (ppo_rlhf, "", "--beta", (2, 1, 0.5, 0.25)),
@@ -74,14 +76,13 @@ WORDS = dpo.POSITIVE[:6] + dpo.NEUTRAL[:6] + dpo.NEGATIVE[:6]
 REWARDS = torch.tensor([[1.0], [0.0], [-1.0]]).expand(3, 6).flatten()  # (18,)
 REWARDS = (REWARDS[:, None, None] + REWARDS[:, None] + REWARDS).flatten().double()  # (5832,)
 BETAS = [20 * 0.98**i for i in range(300)]  # 20 to 0.05, along the frontier
-REVIEW_PROMPTS = dpo.toy_prompts
 
 # ------------------------------------------------------------------------------ the words task
 
 
-def word_prompts(small=True):
+def word_prompts():
     """A prompt of the toy and the beginning of an answer."""
-    return [f"{prompt} The {dpo.ASPECTS[i % 8]} was" for i, prompt in enumerate(REVIEW_PROMPTS())]
+    return [f"{prompt} The {dpo.ASPECTS[i % 8]} was" for i, prompt in enumerate(dpo.toy_prompts())]
 
 
 def held_out(prompts):
@@ -189,19 +190,34 @@ def aim_of(method, penalty, reference, rewards):
 # -------------------------------------------------------------------------------------- training
 
 
-def quietly(script, flags):
+def quietly(script, flags, **own):
     """Run a script without its output; where it ends with a message, end with that message."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            script.train(script.parse_args(flags))
+            script.train(script.parse_args(flags), **own)
     except SystemExit:
         raise RuntimeError(f"{' '.join(flags)}: {said.getvalue().splitlines()[-1]}") from None
 
 
-def set_prompts(task):
-    """Let the toy of dpo.py, ppo_rlhf.py and raft.py have the prompts of a task."""
-    dpo.toy_prompts = ppo_rlhf.toy_prompts = word_prompts if task == "words" else REVIEW_PROMPTS
+def toy_rewards(prompts, texts):
+    """The toy's true reward of each text, as ppo_rlhf.py and raft.py take it: (B,)."""
+    return torch.tensor([dpo.toy_reward(text) for text in texts])
+
+
+def judged_pairs(model, tokenizer, prompts, count, seed):
+    """Pairs as `toy_pairs` of dpo.py makes them, but for prompts of our own."""
+    rng = random.Random(seed)
+    prompts = rng.choices(prompts, k=count)
+    asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(2)]
+    texts = [tokenizer.decode(ids, whole=True)
+             for ids in dpo.sample(model, tokenizer, asked, 64, seed)]
+    rows = []
+    for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
+        if rng.random() > 1 / (1 + math.exp(dpo.toy_reward(b) - dpo.toy_reward(a))):
+            a, b = b, a
+        rows.append({"prompt": prompt, "chosen": a, "rejected": b})
+    return rows
 
 
 def write_rows(path, rows):
@@ -212,6 +228,7 @@ def write_rows(path, rows):
 def prepare(out, seeds):
     """The reference of the words task, and each seed's preferences, as files for the scripts."""
     start = out / "words" / "start"
+    write_rows(out / "words" / "prompts.jsonl", [{"prompt": prompt} for prompt in word_prompts()])
     if not (start / "curves.png").exists():
         write_rows(start / "demonstrations.jsonl", demonstrations(4608))
         quietly(sft, ["--data", f"{start}/demonstrations.jsonl", "--out", str(start),
@@ -220,9 +237,9 @@ def prepare(out, seeds):
         for seed in seeds:
             chosen = out / task / f"chosen_{seed}.jsonl"
             if not chosen.exists():
-                set_prompts(task)
                 model = load_model(start if task == "words" else "tiny")
-                rows = dpo.toy_pairs(*model, 4352, seed)
+                prompts = word_prompts() if task == "words" else dpo.toy_prompts()
+                rows = judged_pairs(*model, prompts, 4352, seed)
                 write_rows(out / task / f"pairs_{seed}.jsonl", rows)
                 write_rows(chosen, [{"prompt": row["prompt"], "completion": row["chosen"]}
                                     for row in rows])
@@ -239,13 +256,15 @@ def train(out, task, method, penalty, seed):
              "--device", "cpu"]
     if script in (dpo, kto, ppo_rlhf, raft):
         flags += ["--samples", "2"]  # their evaluation is not needed here
-    if script in (ppo_rlhf, raft):
-        set_prompts(task)
-    else:
+    own = {}
+    if script not in (ppo_rlhf, raft):
         name = "chosen" if script is sft else "pairs"
         flags += ["--data", str(out / task / f"{name}_{seed}.jsonl")]
+    elif task == "words":  # reviews are the toy of both scripts
+        flags += ["--data", str(out / task / "prompts.jsonl")]
+        own = {"reward": toy_rewards}
     began = time.perf_counter()
-    quietly(script, flags)
+    quietly(script, flags, **own)
     (run / "seconds").write_text(f"{time.perf_counter() - began:.1f}")
     return run
 
@@ -260,7 +279,7 @@ def draw_samples(model, tokenizer, prompts, n, seed):
 
 
 def logps_of(model, examples):
-    return dpo.score(model, [[example] for example in examples], 4096).flatten().double()
+    return dpo.group_logps(model, [[example] for example in examples], 4096).flatten().double()
 
 
 def pooled(models, tokenizer, prompts, counts, reward):
@@ -281,9 +300,9 @@ def pooled(models, tokenizer, prompts, counts, reward):
 
 
 def effective_samples(weights, values):
-    """Of the worst prompt: (sum of w)^2 / sum of w^2 for w = exp(weights + values)."""
+    """(sum of w)^2 / sum of w^2 for w = exp(weights + values), of each prompt: (P,)."""
     x = weights + values
-    return float((2 * x.logsumexp(1) - (2 * x).logsumexp(1)).exp().min())
+    return (2 * x.logsumexp(1) - (2 * x).logsumexp(1)).exp()
 
 
 def explore(job):
@@ -298,7 +317,7 @@ def explore(job):
         logps, mass = enumerate_all(policy, tokenizer)
         seen = {"logps": logps, "mass": float(mass.mean())}
     else:
-        drawn = draw_samples(policy, tokenizer, held_out(REVIEW_PROMPTS()), 256, job[4])
+        drawn = draw_samples(policy, tokenizer, held_out(dpo.toy_prompts()), 256, job[4])
         reference, _ = load_model("tiny")
         texts = [tokenizer.decode(ids) for _, ids in drawn]
         seen = {"kl": float((logps_of(policy, drawn) - logps_of(reference, drawn)).mean()),
@@ -341,8 +360,10 @@ def check(out, seed):
         numbers = dpo.yardstick(r, new, old, beta)
         sampled = f"{numbers['J/optimum']:.3f}" if "J/optimum" in numbers else "not quoted"
         wide = beta * (weights + rewards / beta).logsumexp(1).mean()
+        size = effective_samples(weights, rewards / beta)  # (P,)
+        size = len(size)**2 / (1 / size).sum()  # of all prompts together, as in `yardstick`
         lines.append(f"| {beta} | {truth:.3f} | {sampled} | {numbers['J/effective_samples']:.0f} | "
-                     f"{wide:.3f} | {effective_samples(weights, rewards / beta):.0f} |")
+                     f"{wide:.3f} | {size:.0f} |")
     return lines
 
 
@@ -372,12 +393,12 @@ def measure_words(out, runs):
 def measure_reviews(out, runs):
     """Sampled rows of the table, and the frontier where it can be had, of the reviews task."""
     model, tokenizer = load_model("tiny")
-    prompts = held_out(REVIEW_PROMPTS())
+    prompts = held_out(dpo.toy_prompts())
     policies = [load_model(run)[0] for method, _, seed, run in runs
                 if method == "ppo" and seed == runs[0][2]]
     counts = [1024] + [512] * len(policies)
     weights, rewards = pooled([model, *policies], tokenizer, prompts, counts, dpo.toy_reward)
-    size = {beta: effective_samples(weights, rewards / beta) for beta in BETAS}
+    size = {beta: float(effective_samples(weights, rewards / beta).min()) for beta in BETAS}
     points = [point for point in frontier(weights.log_softmax(1), rewards)
               if size[point[0]] >= 50 and point[0] >= min(METHODS["ppo"][3])]
     start = rewards[:, :1024]  # the reference's own samples, all of one weight
@@ -457,13 +478,17 @@ def draw(results, path):
     plt.close(figure)
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", default="runs/frontier", help="finished runs in it stay")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     out = Path(args.out)
     torch.set_num_threads(1)
     prepare(out, args.seeds)
@@ -480,11 +505,11 @@ def main():
     lines = [*check(out, args.seeds[0]), "", *table(results["words"][0], "mass"), "",
              *table(results["reviews"][0], "grammatical"), "",
              "the frontier of the reviews ends at beta {smallest beta:.2f}, with {effective samples"
-             ":.0f} effective samples".format(**results["reviews"][2])]
+             ":.0f} effective samples for the worst prompt".format(**results["reviews"][2])]
     print("\n".join(lines))
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    draw(results, ROOT / "benchmarks" / "frontier.png")
-    print(f"the tables are in {out / 'table.md'}, the figure in benchmarks/frontier.png")
+    draw(results, out / "frontier.png")
+    print(f"the tables are in {out / 'table.md'}, the figure in {out / 'frontier.png'}")
 
 
 if __name__ == "__main__":

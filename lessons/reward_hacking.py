@@ -1,27 +1,24 @@
-"""Reward hacking in one figure: PPO against a learned reward, without and with its KL penalty.
+"""What does PPO do to a learned reward when nothing keeps it near the reference?
 
-    python benchmarks/reward_hacking.py            # about 4 minutes on two cores
+    python -m lessons.reward_hacking               # about 4 minutes on two cores
+
+What to see in the figure: the score, which is all that PPO sees, looks better without the penalty;
+KL and grammar, which it does not see, tell why. The true reward counts friendly words wherever they
+stand, so it can be hacked as well, and rises too. Below are samples of both policies.
 
 Trains a reward model (`python reward_model.py`), then the same PPO twice: with --beta 0, and with
 the toy's usual 0.5. The reward model has seen samples of the reference only. Without a penalty the
 policy leaves them, and finds texts that score ever higher and that nobody would call a review.
-The figure is benchmarks/reward_hacking.png.
-
-What to look at: the score, which is all that PPO sees, looks better without the penalty; KL and
-grammar, which it does not see, tell why. The true reward counts friendly words wherever they stand,
-so it can be hacked as well, and rises too.
+The figure is left in --out.
 """
 
 import argparse
 import json
-import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import ppo_rlhf  # noqa: E402
-import reward_model  # noqa: E402
+import ppo_rlhf
+import reward_model
 
 PANELS = {"scores/mean": "learned reward, SDs", "samples/true_reward":
           "true reward", "kl/policy_reference": "KL from the reference, nats",
@@ -60,25 +57,29 @@ def draw(folder):
     figure.suptitle("Without its KL penalty PPO hacks the reward")
     figure.tight_layout(rect=(0, 0.34, 1, 1))
     figure.text(0.02, 0.33, "\n".join(lines), family="monospace", fontsize=7, va="top")
-    figure.savefig(ROOT / "benchmarks" / "reward_hacking.png", dpi=100)
+    figure.savefig(folder / "reward_hacking.png", dpi=100)
     plt.close(figure)
     return "\n".join(lines)
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=80, help="PPO steps of each run")
     parser.add_argument("--seed", type=int, default=0, help="of all three runs")
     parser.add_argument("--out", default="runs/reward_hacking", help="folder for the three runs")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     folder, seed = Path(args.out), ["--seed", str(args.seed)]
     reward = str(folder / "reward_model")
     run(reward_model, "--out", reward, *seed)
     for name in RUNS:
         run(ppo_rlhf, "--reward_model", reward, "--beta", name.split()[1], "--steps",
             str(args.steps), "--out", str(folder / name.replace(" ", "_")), *seed)
-    print(draw(folder) + "\nthe figure is in benchmarks/reward_hacking.png")
+    print(draw(folder) + f"\nthe figure is in {folder / 'reward_hacking.png'}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""HIR beside filtered behaviour cloning and Chain of Hindsight, at one budget, five seeds.
+"""When does it pay to relabel failures in hindsight?
 
-    python benchmarks/hindsight.py                 # about half an hour on two cores; can be resumed
+    python -m lessons.hindsight                    # about half an hour on two cores; can be resumed
+
+What to see in the figure: with one requirement, where chance succeeds half of the time, HIR and
+filtered cloning (farl) rise alike. With three, where it succeeds once in thirty, only HIR gets far;
+filtered cloning and Chain of Hindsight (coh) have too few successes to learn from. A curve is the
+share of each episode's samples that did what they were asked, before they were learnt from.
 
 The toy of hir.py. All methods start from one warmed-up model, draw 256 samples in each of 8
 episodes and make 40 updates of 32 examples after each. What differs is what they can learn from,
 and how often chance does what it is asked: an instruction of one requirement (length) is followed
-by half of the first samples, one of two (length, mood) by a sixth, one of three by one in fifty.
+by half of the first samples, one of two (length, mood) by a fifth, one of three by one in thirty.
 
-The table has means ± SD over seeds, of samples that nobody trained on. The figure,
-benchmarks/hindsight.png, has the learning curves: the share of each episode's samples that did what
-they were asked, before they were learnt from.
+The table has means ± SD over five seeds, of samples that nobody trained on. Table and figure are
+left in --out.
 """
 
 import argparse
@@ -17,15 +21,12 @@ import contextlib
 import io
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import hir  # noqa: E402
-from variants import chain_of_hindsight as coh  # noqa: E402
+import hir
+from variants import chain_of_hindsight as coh
 
 METHODS = {
     "hir": (hir, ""), "hir, no contrast": (hir, "--alpha 0"), "farl": (hir, "--algo farl"),
@@ -42,12 +43,16 @@ PANELS = {"three requirements": ("hir", "hir, no contrast", "farl", "farl, lr 1e
           "one requirement": ("hir, 1 requirement", "farl, 1 requirement")}
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", default="runs/hindsight", help="finished runs in it stay")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     table, curves = {}, {}
     for seed, name in tqdm([(s, name) for s in args.seeds for name in METHODS]):
         run = Path(args.out) / str(seed) / name.replace(" ", "_").replace(",", "")
@@ -100,8 +105,9 @@ def main():
     figure.suptitle("Relabeling pays where success is rare (band: all seeds)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(ROOT / "benchmarks" / "hindsight.png", dpi=100)
-    print(f"the table is in {Path(args.out) / 'table.md'}, the figure in benchmarks/hindsight.png")
+    out = Path(args.out)
+    figure.savefig(out / "hindsight.png", dpi=100)
+    print(f"the table is in {out / 'table.md'}, the figure in {out / 'hindsight.png'}")
 
 
 if __name__ == "__main__":

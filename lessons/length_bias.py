@@ -1,27 +1,22 @@
-"""What SimPO's mean and margin do: the toy of simpo.py, with and without them.
+"""What do SimPO's mean and margin do against a human who likes length?
 
-    python benchmarks/simpo_lesson.py              # about 3 minutes on two cores
+    python -m lessons.length_bias                  # about 3 minutes on two cores
+
+What to see in the figure: sums at SimPO's beta make the summaries worse than they were before, with
+more made-up facts. Sums at a lower beta do as well as SimPO here, where lengths vary little.
 
 The same run four times: SimPO, SimPO without its margin, and summed log-probs instead of means
 (which is CPO without its SFT term, or DPO without its reference) at SimPO's beta of 2 and at 0.1.
-The figure is benchmarks/simpo_lesson.png.
-
-What to look at: sums at beta 2 make the summaries worse than they were. A sum is the mean times
-the number of tokens, so at the same beta its gradient soon vanishes on the pairs that the policy
-ranks as the human did. The pairs that remain are those where the human erred, because of length or
-by chance, and the policy learns these errors. Sums at a lower beta do as well as SimPO here, where
-lengths vary little.
+A sum is the mean times the number of tokens, so at the same beta its gradient soon vanishes on the
+pairs that the policy ranks as the human did. The pairs that remain are those where the human erred,
+because of length or by chance, and the policy learns these errors. The figure is left in --out.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import simpo  # noqa: E402
+import simpo
 
 RUNS = {
     "simpo": [],
@@ -58,18 +53,25 @@ def draw(columns, path):
     figure.savefig(path, dpi=100)
 
 
+def parse_args(argv=None):
+    """The lesson's own flag, and a list of all others, which go to simpo.py."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     epilog="Other flags are passed on to simpo.py.")
+    parser.add_argument("--out", default="runs/length_bias", help="folder for the four runs")
+    return parser.parse_known_args(argv)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Other flags are passed on to simpo.py.")
-    parser.add_argument("--out", default="runs/simpo_lesson", help="folder for the four runs")
-    parser.add_argument("--figure", default=str(ROOT / "benchmarks" / "simpo_lesson.png"))
-    args, flags = parser.parse_known_args(argv)
+    args, flags = parse_args(argv)
     columns = run(args.out, flags)
     Path(args.out, "results.json").write_text(json.dumps(columns, indent=2))
-    draw(columns, args.figure)
+    figure = Path(args.out, "length_bias.png")
+    draw(columns, figure)
     print("\n" + " " * 25 + "".join(f"{name:>11}" for name in columns))
     for key in columns["simpo"]:
         cells = (f"{column[key]:.3f}" if key in column else "" for column in columns.values())
         print(f"{key:25}" + "".join(f"{cell:>11}" for cell in cells))
+    print(f"\nthe figure is in {figure}")
 
 
 if __name__ == "__main__":

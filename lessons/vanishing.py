@@ -1,6 +1,10 @@
-"""Why SFT comes first: PPO against a reward that the start hardly ever earns.
+"""Why does SFT come first, and PPO after it?
 
-    python benchmarks/vanishing.py                 # about 6 minutes on two cores; can be resumed
+    python -m lessons.vanishing                    # about 6 minutes on two cores; can be resumed
+
+What to see in the figure: from tiny the rewards of a prompt's samples are all equal, their SD stays
+near 0, and so does the reward. After SFT there is some spread from the first step on, and PPO soon
+earns the reward nearly always.
 
 The gradient of a prompt's expected reward is small where the reward hardly varies between the
 policy's own samples (Razin et al. 2024, arXiv:2310.20703v2): at most proportional to the SD to the
@@ -10,7 +14,8 @@ prompts with such an SD, and this is why it is done first.
 The reward here is 1 for a review of two sentences with four words of praise, and 0 for all others.
 PPO starts from tiny, and from tiny after `python sft.py`, whose demonstrations are friendly but not
 made for this reward; 60 steps, --n 8 samples of each prompt, three seeds. Before it, 64 samples for
-each of 64 prompts show for how many prompts all rewards are equal: their SD is 0.
+each of 64 prompts show for how many prompts all rewards are equal: their SD is 0. Table and figure
+are left in --out.
 """
 
 import argparse
@@ -18,30 +23,27 @@ import contextlib
 import io
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import ppo_rlhf  # noqa: E402
-import sft  # noqa: E402
-from model import load_model  # noqa: E402
+import ppo_rlhf
+import sft
+from model import load_model
 
 FLAGS = "--n 8 --steps 60 --beta 0.02 --missing_eos_score 0 --samples 16 --device cpu".split()
-words_of_praise = ppo_rlhf.toy_reward
 
 
-def rare_reward(review):
-    """1 for two sentences with four words of praise."""
-    return float(words_of_praise(review) == 4 and ppo_rlhf.toy_grammatical(review))
+def rare_rewards(prompts, texts):
+    """(B,): 1 for a text of two sentences with four words of praise, and else 0."""
+    return torch.tensor([float(ppo_rlhf.toy_reward(text) == 4 and ppo_rlhf.toy_grammatical(text))
+                         for text in texts])
 
 
-def quietly(script, *flags):
+def quietly(script, *flags, **own):
     with contextlib.redirect_stdout(io.StringIO()):
-        script.train(script.parse_args(flags))
+        script.train(script.parse_args(flags), **own)
 
 
 def spread_of_rewards(folder, seed):
@@ -50,18 +52,21 @@ def spread_of_rewards(folder, seed):
     prompts = ppo_rlhf.toy_prompts()[::5][:64]
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(64)]
     texts = [tokenizer.decode(ids) for ids in ppo_rlhf.sample(model, tokenizer, asked, 64, seed)]
-    rewards = torch.tensor([rare_reward(text) for text in texts]).view(len(prompts), 64)
+    rewards = rare_rewards(prompts, texts).view(len(prompts), 64)
     sd = rewards.std(1, correction=0)
     return float(rewards.mean()), float(sd.mean()), float((sd == 0).float().mean())
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", default="runs/vanishing", help="finished runs in it stay")
-    args = parser.parse_args()
-    ppo_rlhf.toy_reward = rare_reward
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     logs, table = {"tiny": [], "tiny after SFT": []}, {"tiny": [], "tiny after SFT": []}
     for seed in tqdm(args.seeds):
         folder = Path(args.out) / str(seed)
@@ -70,7 +75,8 @@ def main():
         for name, start in (("tiny", "tiny"), ("tiny after SFT", str(folder / "sft"))):
             run = folder / name.replace(" ", "_")
             if not (run / "results.json").exists():
-                quietly(ppo_rlhf, *FLAGS, "--model", start, "--out", str(run), "--seed", str(seed))
+                quietly(ppo_rlhf, *FLAGS, "--model", start, "--out", str(run), "--seed", str(seed),
+                        reward=rare_rewards)
             log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             logs[name].append(log)
             end = statistics.mean(row["scores/mean"] for row in log[-5:])
@@ -100,8 +106,8 @@ def main():
         axis.legend()
     figure.suptitle("PPO learns nothing where all rewards are equal")
     figure.tight_layout()
-    figure.savefig(ROOT / "benchmarks" / "vanishing.png", dpi=100)
-    print("the figure is in benchmarks/vanishing.png")
+    figure.savefig(Path(args.out) / "vanishing.png", dpi=100)
+    print(f"the figure is in {Path(args.out) / 'vanishing.png'}")
 
 
 if __name__ == "__main__":

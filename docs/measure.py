@@ -1,8 +1,8 @@
 """Measure what README.md and docs/ say: run the commands, and write their tables and figures.
 
-    python benchmarks/results.py --list            # what there is to run, and how long it takes
-    python benchmarks/results.py --jobs 2          # all of it, two commands at a time
-    python benchmarks/results.py --only dpo ppo    # these runs alone, then the pages
+    python docs/measure.py --list                  # what there is to run, and how long it takes
+    python docs/measure.py --jobs 2                # all of it, two commands at a time
+    python docs/measure.py --only dpo ppo          # these runs alone, then the pages
 
 Each command runs as a reader would run it, in a process of its own, whose CPU time and peak memory
 are kept: five seeds for the default runs of the seven scripts, and three for most others. With
@@ -13,7 +13,7 @@ and measure against peers: pip install trl==1.16.0 liger-kernel.
 Three kinds of things are written here and need no typing:
     blocks      between <!-- results: NAME --> and <!-- end -->: tables and terminal output
     sentences   SENTENCES below quotes them, with {} for each number
-    figures     benchmarks/*.png, drawn from the log of a run, or by a benchmark
+    figures     docs/figures/*.png, drawn from the log of a run, or by a lesson
 A block that lacks its runs stays as it is, a table goes without such rows, and both are named.
 """
 
@@ -35,10 +35,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "docs" / "figures"
 ONE, THREE, FIVE = (0,), (0, 1, 2), (0, 1, 2, 3, 4)
-ALL = ("all",)  # a benchmark that knows its own seeds
-# name: (command, seeds, CPU seconds of one run). RUNS in a command is the folder of all runs,
-# and FOLDER that of its own.
+ALL = ("all",)  # a lesson or benchmark that knows its own seeds
+# name: (command, seeds, CPU seconds of one run). RUNS in a command is the folder of all runs.
 RUNS = {
     "sft": ("sft.py", FIVE, 35),
     "sft_bad": ("sft.py --lr 0.1", ONE, 35),
@@ -52,32 +52,32 @@ RUNS = {
     "pipeline_rm": ("reward_model.py --model RUNS/sft/0", ONE, 90),
     "pipeline_ppo": ("ppo_rlhf.py --model RUNS/sft/0 --reward_model RUNS/pipeline_rm/0",
                      ONE, 110),
-    "reward_hacking": ("benchmarks/reward_hacking.py", ALL, 600),
-    "online": ("benchmarks/rounds.py labels", ALL, 1100),
-    "vanishing": ("benchmarks/vanishing.py", ALL, 400),
+    "reward_hacking": ("-m lessons.reward_hacking", ALL, 600),
+    "online": ("-m lessons.rounds labels", ALL, 1100),
+    "vanishing": ("-m lessons.vanishing", ALL, 400),
     "dpo": ("dpo.py", FIVE, 65),
     "cdpo": ("dpo.py --label_smoothing 0.1", THREE, 65),
     "ipo": ("dpo.py --loss ipo --beta 0.1", THREE, 65),
     "rdpo": ("dpo.py --loss rdpo", THREE, 65),
     "kto": ("-m variants.kto", THREE, 80),
     "dpo_lora": ("dpo.py --lora_rank 8 --lr 1e-3", THREE, 75),
-    "iterated": ("benchmarks/rounds.py pairs", ALL, 450),
+    "iterated": ("-m lessons.rounds pairs", ALL, 450),
     "dpo_bad": ("dpo.py --beta 0.05 --lr 2e-3", ONE, 65),
     "simpo": ("simpo.py", FIVE, 40),
     "rrhf": ("-m variants.rankings --loss rrhf", THREE, 40),
     "pro": ("-m variants.rankings --loss pro", THREE, 40),
     "simpo_bad": ("simpo.py --epochs 8", ONE, 150),
-    "lesson": ("benchmarks/simpo_lesson.py --figure FOLDER/lesson.png", THREE, 150),
-    "objectives": ("benchmarks/objectives.py", ALL, 1500),
+    "length_bias": ("-m lessons.length_bias", THREE, 150),
+    "objectives": ("-m lessons.objectives", ALL, 1500),
     "hir": ("hir.py", FIVE, 130),
     "coh": ("-m variants.chain_of_hindsight", THREE, 90),
     "hir_bad": ("hir.py --temperature 1", ONE, 130),
-    "hindsight": ("benchmarks/hindsight.py", ALL, 4000),
+    "hindsight": ("-m lessons.hindsight", ALL, 4000),
     "self_correct": ("self_correct.py", FIVE, 170),
     "self_correct_none": ("self_correct.py --feedback none", THREE, 170),
     "self_correct_bad": ("self_correct.py --alpha 1", ONE, 170),
     "tiny": ("-m tiny.make", ALL, 500),
-    "frontier": ("benchmarks/frontier.py", ALL, 6000),
+    "frontier": ("-m lessons.frontier", ALL, 6000),
     "gather": ("benchmarks/gather.py", ALL, 400),
     "dpo_step": ("benchmarks/dpo_step.py", ALL, 1500),
     "rollout": ("benchmarks/rollout.py", ALL, 500),
@@ -99,9 +99,11 @@ def add_imports(path, files):
         return
     files.append(path)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        if isinstance(node, ast.Import):
+        names = []
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):  # of a module, or of a folder: a module in it
+            names = [node.module, *(f"{node.module}.{name}" for name in names)]
         for name in names:
             add_imports(ROOT / (name.replace(".", "/") + ".py"), files)
 
@@ -117,9 +119,6 @@ def fingerprint(command):
     words, files = command.split(), []
     path = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
     add_imports(ROOT / path, files)
-    if len(files) == 1:  # it imports no script, so it starts them as programs: any of them
-        for other in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("variants/*.py"))]:
-            add_imports(other, files)
     code = [command, hashlib.sha256((ROOT / "tiny" / "model.safetensors").read_bytes()).hexdigest()]
     code += [fingerprint(RUNS[name][0]) for name, _ in needs(command)]
     for path in files:
@@ -145,12 +144,12 @@ def start(name, seed, jobs):
     folder, code = OUT / name / str(seed), fingerprint(command)
     begun = folder / "begun.txt"
     if begun.exists() and begun.read_text() != code:
-        # A benchmark would take results of older code for its own. They may be an hour's work.
+        # A lesson would take results of older code for its own. They may be an hour's work.
         aside = folder.with_name(f"{folder.name} of {time.strftime('%Y-%m-%d %H.%M.%S')}")
         folder.rename(aside)
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(code)
-    words = command.replace("RUNS", str(OUT)).replace("FOLDER", str(folder)).split()
+    words = command.replace("RUNS", str(OUT)).split()
     if name not in TIMED:
         words += ["--out", str(folder)]
     if seed != "all":
@@ -290,11 +289,11 @@ TABLES = {
     "dpo": ((*OF_J, "rewards/accuracy"), 2,
             ["dpo", "cdpo", "ipo", "rdpo", "kto", "dpo_lora"]),
     "simpo": (("samples/win_rate", *OF_SUMMARIES, "rewards/accuracy"), 2, ["simpo", "rrhf", "pro"]),
-    "lesson": (OF_SUMMARIES, 2, [
-        ("lesson", "before", "before"), ("lesson", "simpo", "`python simpo.py`"),
-        ("lesson", "no margin", "`--gamma_beta_ratio 0`"),
-        ("lesson", "sums", "`--loss cpo --lam 0 --beta 2`"),
-        ("lesson", "sums b=.1", "`--loss cpo --lam 0`")]),
+    "length_bias": (OF_SUMMARIES, 2, [
+        ("length_bias", "before", "before"), ("length_bias", "simpo", "`python simpo.py`"),
+        ("length_bias", "no margin", "`--gamma_beta_ratio 0`"),
+        ("length_bias", "sums", "`--loss cpo --lam 0 --beta 2`"),
+        ("length_bias", "sums b=.1", "`--loss cpo --lam 0`")]),
     "hir": (("followed/all", "followed/held_out", "samples/reviews", "online/used"), 2,
             ["hir"]),
     "self_correct": (("value", "perfect", "stop_rule/perfect", "damaged"), 2,
@@ -357,7 +356,7 @@ def is_whole(name):
 def block_first():
     """What `python dpo.py` prints, as far as its first sample."""
     lines = stdout_of("dpo")
-    first = next(i for i, line in enumerate(lines) if " pairs; left out" in line)
+    first = next(i for i, line in enumerate(lines) if re.match(r"\d+ pairs", line))
     sample = next(i for i, line in enumerate(lines) if i > first + 2 and line.startswith("prompt"))
     shown = lines[first:sample + 3]
     return fenced([line for i, line in enumerate(shown) if line or shown[i - 1]])
@@ -448,7 +447,7 @@ def draw(name):
         axis.legend()
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    figure.savefig(ROOT / "benchmarks" / f"{name}.png", dpi=100)
+    figure.savefig(PICTURES / f"{name}.png", dpi=100)
 
 
 # -------------------------------------------------------------------------------------- the pages
@@ -463,7 +462,7 @@ def block(name):
         setting = next(line for line in text.splitlines() if line.startswith("torch "))
         table = text[text.index("\n\n"):].partition("\n\ntarget")[0]
         return fenced([setting, "", table.strip("\n")])
-    if RUNS.get(name, ("", ""))[1] == ALL:  # a benchmark that leaves a table
+    if RUNS.get(name, ("", ""))[1] == ALL:  # a lesson that leaves a table
         return (folder_of(name, "all") / "table.md").read_text(encoding="utf-8").strip()
     return globals()[f"block_{name}"]()
 
@@ -543,8 +542,10 @@ def main():
             draw(name)
         except Missing:
             continue
-    if is_done("lesson", 0):
-        shutil.copy(folder_of("lesson") / "lesson.png", ROOT / "benchmarks" / "simpo_lesson.png")
+    for name, (_, seeds, _) in RUNS.items():  # most lessons draw a figure of their own
+        figure = OUT / name / str(seeds[0]) / f"{name}.png"
+        if is_done(name, seeds[0]) and figure.exists():
+            shutil.copy(figure, PICTURES)
     print("README.md and docs/ are written." + bool(MISSING) *
           f" Left out, for want of runs: {', '.join(sorted(MISSING))}")
 
