@@ -504,8 +504,8 @@ def train(args):
 
 
 # Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (7e-4, 3e-5, 1e-5), "batch_size": (50, 8, 32), "pairs": (6400, 160, None),
-            "adam_eps": (2e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
+DEFAULTS = {"lr": (6e-4, 3e-5, 1e-5), "batch_size": (64, 8, 32), "pairs": (8192, 160, None),
+            "adam_eps": (1e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
 
 
 def make_parser(file, text, defaults):
