@@ -444,7 +444,7 @@ def train(args):
         batch = batches[step]
         seen = [torch.zeros(5, 0, device=model.device)]  # a process may have no part
         for part in share(split_batch([pairs[i] for i in batch], args.max_tokens)):
-            part = [batch[b] for b in part]  # b pairs, as indices into all pairs
+            part = [batch[i] for i in part]  # b indices into all pairs
             sequences = [sequence for i in part for sequence in pairs[i]]
             logps, lengths = response_logps(model, sequences)  # (2b,) each
             chosen, rejected = logps.view(-1, 2).unbind(1)  # (2b,) -> (b, 2) -> (b,) each

@@ -533,7 +533,7 @@ def learn(networks, optimizer, batch, ptx, rng, args):
     for minibatch in minibatches:
         tokens = batch.mask[minibatch].sum()
         for part in share(split_batch([[batch.sequences[b]] for b in minibatch], args.max_tokens)):
-            part = [minibatch[b] for b in part]  # b rows of the batch
+            part = [minibatch[i] for i in part]  # b rows of the batch
             sequences, mask = [batch.sequences[b] for b in part], batch.mask[part]
             logps = token_logps(policy, sequences, R)  # (b, R)
             values = token_values(value, sequences, R)  # (b, R)
