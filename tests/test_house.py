@@ -20,8 +20,8 @@ VARIANTS = [f"variants.{path.stem}" for path in sorted(ROOT.glob("variants/[a-z]
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md"))]
 # Functions of one name that do different things in different scripts.
 OWN = {"train", "evaluate", "parse_args", "make_parser", "toy_review", "toy_warm_up", "DEFAULTS"}
-# Tokens of code that a file may have. More than planned: standard errors of J* (170 in dpo.py and in
-# ppo_rlhf.py each); model.py holds the flags that all scripts share (which took 150 from each of
+# Tokens of code that a file may have. More than planned: standard errors of J* (170 in dpo.py and
+# in ppo_rlhf.py); model.py holds the flags that all scripts share (which took 150 from each of
 # them), and the checks for users' own data and models: what a template, a tokenizer or a folder
 # would otherwise do wrong in silence, and what --resume compares.
 BUDGET = {"sft": 2970, "reward_model": 3150, "dpo": 4250, "simpo": 4000, "ppo_rlhf": 5370,
