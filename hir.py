@@ -25,6 +25,7 @@ import itertools
 import math
 import random
 import re
+import warnings
 from statistics import fmean
 
 import torch
@@ -479,7 +480,7 @@ def make_parser(file, text, defaults):
     flag("--episodes", type="positive", default=8,
          help="times that samples are drawn and learned from")
     flag("--rounds", type="positive", default=8, help="batches of samples in an episode")
-    flag("--updates_per_round", type=number(0.01), default=5.0,
+    flag("--updates_per_round", type=number(0.01, 1e6), default=5.0,
          help="an episode makes this many updates for each of its --rounds")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--batch_size", type="positive", default=32, help="outputs in an update")
@@ -501,7 +502,11 @@ def parse_args(argv=None):
     flag("--alpha", type="amount", default=1.0, help="weight of the contrast between instructions")
     flag("--beta", type="amount", default=0.001, help="weight of the entropy, for diverse outputs")
     flag("--alternatives", type="whole", default=1, help="wrong instructions beside the right one")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("alpha", "beta", "alternatives"):
+        if args.algo == "farl" and getattr(args, name) != parser.get_default(name):
+            warnings.warn(f"--{name} has no effect with --algo farl")
+    return args
 
 
 def main(argv=None):

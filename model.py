@@ -270,6 +270,11 @@ class Tokenizer:
                        for i, token in enumerate(added.values()) if token.special}
         if not self.encode("a"):
             fail(f"{folder}: its tokenizer files are missing; put them into the folder")
+        words = [x for x in self.transformers.get_vocab() if x.isascii() and x.isalpha()]
+        word = max(words, key=len, default="a")
+        if len(self.encode(word)) == len(word) > 1:
+            warnings.warn(f"{folder}: its tokenizer has a token for {word!r}, and spells it letter "
+                          "by letter; is merges.txt empty?")
         self.eos_id = self.transformers.eos_token_id
         if self.eos_id is None:
             fail(f"{folder}: its tokenizer has no EOS token, so no response could end; set "
@@ -481,16 +486,17 @@ def read_row(row, tokenizer, *keys):
 
 def warn_of_row(row, tokenizer, prompt, responses):
     """Print, once for a file, what is in a row and will not do what a person may expect."""
-    path, text = row["where"].rpartition(":")[0], json.dumps([prompt, responses])
+    path, text = row["where"].rpartition(":")[0], str([prompt, responses])
     for token in tokenizer.hidden.values():
         if token in text:
             warnings.warn(f"{path}: a text spells the control token {token}, which is read as "
                           "plain letters; give messages, and the chat template writes it")
     if "" in responses:
         warnings.warn(f"{path}: a response is an empty text, which teaches to end at once")
-    unused = {"system", "functions", "documents", "images", "input", "history"} & row.keys()
+    given = {key for key in row if row[key]}  # a file may have a column that is mostly empty
+    unused = {"system", "functions", "documents", "images", "input", "history"} & given
     if isinstance(prompt, str):
-        unused |= {"tools"} & row.keys()
+        unused |= {"tools"} & given
         if tokenizer.transformers.chat_template:
             warnings.warn(f"{path}: a prompt is a plain text, so the chat template of this model "
                           "is not used; give messages to use it")
@@ -589,9 +595,9 @@ def number(low, high=math.inf):
     return convert
 
 
-# Names for a flag's type.
-NUMBERS = {"positive": number(1), "whole": number(0), "amount": number(0.0),
-           "fraction": number(0.0, 1.0)}
+# Names for a flag's type. What is larger than these has no meaning, or no end.
+NUMBERS = {"positive": number(1, 10**9), "whole": number(0, 10**9), "amount": number(0.0, 1e30),
+           "fraction": number(0.0, 1.0), "real": number(-1e30, 1e30)}
 
 
 def new_parser(file, text, defaults=None, trains=True):
@@ -653,11 +659,11 @@ class Run:
         READ.clear()
         self.args, self.folder = args, Path(args.out)
         self.state, self.metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
-        for flag in PATHS:
+        for flag in ("out", *PATHS):
             path = getattr(args, flag, None)
-            if path == "" or not args.out:
-                fail(f"--{flag} or --out is empty; is a variable of the shell not set?")
-            if self.folder.resolve() in (TINY, Path(path or TINY).resolve()):
+            if path == "":
+                fail(f"--{flag} is empty; is a variable of the shell not set?")
+            if flag != "out" and self.folder.resolve() in (TINY, Path(path or TINY).resolve()):
                 fail(f"--out {args.out}: a model has this folder or this name; give another folder")
         if args.resume and not self.state.is_file():
             fail(f"--resume: no interrupted run in {args.out}; start one without --resume")

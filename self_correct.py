@@ -328,6 +328,8 @@ def prompt_of(problem, draft=None):
 def read_problems(tokenizer, args, room):
     """Problems to learn from, and problems held out. room: the most tokens of a prompt."""
     if not args.data:
+        if room < 64:
+            fail("no problem is left; use a lower --max_new_tokens")
         return toy_problems(args.problems)
     rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
     usable = []
@@ -509,7 +511,8 @@ def parse_args(argv=None):
          help="corrections to sample for each problem in a round")
     flag("--corrections", type="whole", default=3,
          help="evaluation: times that a draft is corrected")
-    flag("--epochs", type=number(0.01), default=4.0, help="passes over the problems in a round")
+    flag("--epochs", type=number(0.01, 1e6), default=4.0,
+         help="passes over the problems in a round")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--batch_size", type="positive", default=32, help="pairs in an update")
     flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
