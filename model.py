@@ -447,9 +447,10 @@ def check_text(row, key):
                or not isinstance(x.get("content"), str) and not x.get("tool_calls")]
         found = f"holds {json.dumps(odd[0])[:80]}" if odd else ""
     if found and not isinstance(value, str):
+        keys = [x for x in row if not re.match("where$|response ", x)]  # those of the file
         fail(f'{row["where"]}: "{key}" {found}; it has to be a text, or a list of messages with '
-             f'"role" and "content"; the keys of this row are {[x for x in row if x != "where"]}; '
-             "docs/real_models.md shows what is read")
+             f'"role" and "content"; the keys of this row are {keys}; docs/real_models.md shows '
+             "what is read")
     return value
 
 
