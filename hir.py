@@ -480,7 +480,7 @@ def make_parser(file, text, defaults):
     flag("--episodes", type="positive", default=8,
          help="times that samples are drawn and learned from")
     flag("--rounds", type="positive", default=8, help="batches of samples in an episode")
-    flag("--updates_per_round", type=number(0.01, 1e6), default=5.0,
+    flag("--updates_per_round", type=number(0.01), default=5.0,
          help="an episode makes this many updates for each of its --rounds")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--batch_size", type="positive", default=32, help="outputs in an update")

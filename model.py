@@ -580,7 +580,7 @@ def add_gradients(model):
 # --------------------------------------------------------------------------------- flags
 
 
-def number(low, high=math.inf):
+def number(low, high=10**9):
     """An argparse type: a number from low to high, and a whole one if low is a whole number."""
     def convert(text):
         try:
@@ -589,15 +589,14 @@ def number(low, high=math.inf):
             value = math.nan
         if not low <= value <= high:  # also for NaN
             kind = "whole number" if isinstance(low, int) else "number"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no {kind} from {low} to {high}".replace(" to inf", " on"))
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind} from {low} to {high}")
         return value
 
     return convert
 
 
-# Names for a flag's type. What is larger than these has no meaning, or no end.
-NUMBERS = {"positive": number(1, 10**9), "whole": number(0, 10**9), "amount": number(0.0, 1e30),
+# Names for a flag's type. What is larger has no meaning, or no end.
+NUMBERS = {"positive": number(1), "whole": number(0), "amount": number(0.0, 1e30),
            "fraction": number(0.0, 1.0), "real": number(-1e30, 1e30)}
 
 

@@ -511,8 +511,7 @@ def parse_args(argv=None):
          help="corrections to sample for each problem in a round")
     flag("--corrections", type="whole", default=3,
          help="evaluation: times that a draft is corrected")
-    flag("--epochs", type=number(0.01, 1e6), default=4.0,
-         help="passes over the problems in a round")
+    flag("--epochs", type=number(0.01), default=4.0, help="passes over the problems in a round")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--batch_size", type="positive", default=32, help="pairs in an update")
     flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
