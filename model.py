@@ -379,8 +379,8 @@ class Tokenizer:
         # SentencePiece drops a leading space. So an "a" is decoded in front, and then removed.
         text = self.transformers.decode([*self.encode("a"), *kept],
                                         clean_up_tokenization_spaces=False)[1:]
-        if whole and cut:  # ends of sentences in Latin, Chinese, Hindi, Arabic and Armenian script
-            text = text[:max(text.rfind(end) for end in ".!?…。！？।؟۔։") + 1]
+        if whole and cut:  # ends of sentences in Latin, Chinese, Hindi, Arabic and other scripts
+            text = text[:max(text.rfind(end) for end in ".!?…。！？．｡।॥؟۔։።။។") + 1]
         return text
 
     def show(self, prompt, response):
