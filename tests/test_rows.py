@@ -1,11 +1,13 @@
 """Rows of real data, and models of real kinds, after public bug reports; the values are made up."""
 
 import json
+import re
 import warnings
 
 import pytest
 import torch
 import transformers as hf
+from conftest import ROOT
 from test_model import bpe, edit, new_folder, refused
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
@@ -389,3 +391,31 @@ def test_empty_responses_are_named_once(tiny):
                    "chosen", "rejected")
     with pytest.warns(UserWarning, match="^F: a response is an empty text"):
         m.read_row({"prompt": "A", "answer": "", "where": "F:1"}, tiny[1], "answer")
+
+
+def test_converters_of_other_formats(chat, tmp_path, monkeypatch):
+    """What docs/real_models.md tells people with rows of other projects to do: each row that comes
+    out is one that the scripts read."""
+    page = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+    code, = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    row = {"instruction": "In", "input": "2024?", "output": "I saw it."}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(row))
+    names = {}
+    exec(code, names)
+    question = ASK | {"content": "In\n2024?"}
+    read, = sft.read_demonstrations("mine.jsonl", chat)
+    assert (read["prompt"], read["completion"]) == ([question], "I saw it.")
+    assert names["alpaca"]({"instruction": "A", "output": "B"})["messages"][0]["content"] == "A"
+    turns = [("system", "Hi"), ("human", "In 2024?"), ("gpt", "I saw it.")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    assert names["sharegpt"](row) == {
+        "messages": [{"role": "system", "content": "Hi"}, ASK, TELL]}
+    start = "\n\nHuman: A\n\nB?\n\nAssistant: No.\n\nHuman: In 2024?\n\nAssistant:"
+    row = {"chosen": start + " I saw it.", "rejected": start + " No."}
+    read = m.read_row(names["transcripts"](row) | {"where": "F:1"}, chat, "chosen", "rejected")
+    assert read["prompt"] == [ASK | {"content": "A\n\nB?"}, NO, ASK]
+    assert (read["chosen"], read["rejected"]) == ("I saw it.", "No.")
+    assert names["transcript_texts"](row) == {
+        "prompt": start, "chosen": " I saw it.", "rejected": " No."}
+    assert names["plain"]({"text": " I saw\nit."}) == {"prompt": " I", "completion": " saw\nit."}

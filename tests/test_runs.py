@@ -266,8 +266,8 @@ def one_line(capsys, call, *args):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: "
-                 "you tried to allocate 99 bytes.")], ids=["cuda", "cpu"])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate "
+                 "memory: you tried to allocate 99 bytes.")], ids=["cuda", "cpu"])
 def test_out_of_memory_has_a_way_back(error, mine, capsys, monkeypatch):
     """One line names --max_tokens and --resume. The gradient does not depend on it, so the run goes
     on with another value; and a run without a state says that there is none."""
