@@ -269,7 +269,7 @@ def one_line(capsys, call, *args):
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate "
                  "memory: you tried to allocate 99 bytes.")], ids=["cuda", "cpu"])
 def test_out_of_memory_has_a_way_back(error, mine, capsys, monkeypatch):
-    """One line names --max_tokens and --resume. The gradient does not depend on it, so the run goes
+    """One line names --max_tokens and --resume. No gradient depends on it, so the run goes
     on with another value; and a run without a state says that there is none."""
     with monkeypatch.context() as patch:
         breaks(patch, error)
@@ -311,7 +311,7 @@ def test_an_older_state_stays_until_the_new_run_can_work(mine, capsys, monkeypat
 
 
 def test_a_kill_while_the_log_is_cut_loses_no_line(mine, monkeypatch):
-    """The lines behind the saved state are cut when a run is resumed: written beside, then moved."""
+    """Lines behind the saved state are cut when a run is resumed: written beside, then moved."""
     with monkeypatch.context() as patch:
         breaks(patch, KeyboardInterrupt())
         with pytest.raises(SystemExit):
