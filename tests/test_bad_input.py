@@ -230,7 +230,8 @@ def numeric_flags(script, patch):
     return [action for action in found.value.args[0]._actions if action.type]
 
 
-# Flags that may be 0, beside those that take any number that is not negative, and negative ones.
+# Flags that may be 0, beside those that take any number that is not negative; flags that may be
+# negative.
 ZERO = {"lora_rank", "seed", "warm_up", "alternatives", "corrections"}
 SIGNED = {"missing_eos_score", "length_bias"}
 
@@ -244,22 +245,22 @@ def test_numbers_without_meaning(script, capsys, monkeypatch):
     assert len(actions) > 5 or script == "variants.win_rate"
     needed = ["--judge", "x", "A", "B"] * (script == "variants.win_rate")
     for action in actions:
-        real = isinstance(action.default, float) or action.type in ("amount", "fraction", "real")
-        zero = action.type in ("amount", "fraction", "real") or action.dest in ZERO or (
+        amount, real = action.type == "amount", action.type == "real"
+        zero = amount or real or action.type == "fraction" or action.dest in ZERO or (
             (script, action.dest) == ("self_correct", "rounds"))
-        for text, fine in {"0": zero, "-1": action.dest in SIGNED, "nan": False, "inf": False,
-                           "1e30": action.type in ("amount", "real"), "1" + "0" * 30: False,
-                           "1.5": real and action.type != "fraction", "": False}.items():
-            if text.isdigit() and action.type in ("amount", "real"):
-                fine = True
+        for text, fine in {"0": zero, "-1": real, "nan": False, "inf": False,
+                           "1e30": amount or real, "1" + "0" * 30: amount or real, "": False,
+                           "-0.5": real,
+                           "1.5": amount or real or isinstance(action.default, float) and (
+                               action.type != "fraction")}.items():
+            taken = True
             try:
-                args = importlib.import_module(script).parse_args(
-                    [f"--{action.dest}={text}", *needed])
-                taken = math.isfinite(getattr(args, action.dest))
+                importlib.import_module(script).parse_args([f"--{action.dest}={text}", *needed])
             except SystemExit as stop:
                 taken, error = False, capsys.readouterr().err
                 assert stop.code == 2 and f"--{action.dest}" in error, error
             assert taken == fine, (action.dest, text)
+            assert not real or action.dest in SIGNED
 
 
 @pytest.mark.parametrize("script, flags, name", [
@@ -323,3 +324,14 @@ def test_resume_looks_at_every_model_of_ppo(stopped, reward, tmp_path, capsys):
     hub.save_model(model, tokenizer, tmp_path / "reward")
     fails(capsys, f"the weights of {tmp_path / 'reward'} are not those", "ppo_rlhf",
           tmp_path / "run", data, "--resume", tmp_path / "reward")
+
+
+@pytest.mark.parametrize("script", ["dpo", "ppo_rlhf", "simpo", "sft", "hir", "self_correct"])
+def test_the_toy_has_no_room(script, tmp_path, capsys):
+    """Samples that are longer than the context of the model end the toy, too, with one line."""
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(
+            ["--max_new_tokens", "600", "--out", str(tmp_path), "--device", "cpu"] +
+            ["--pairs", "4"] * (script in ("dpo", "simpo")))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and "left" in line and line.count("\n") == 1, line
