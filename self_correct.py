@@ -334,7 +334,7 @@ def read_problems(tokenizer, args, room):
     rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
     usable = []
     for row in rows:
-        if len(tokenizer.encode_prompt(row["prompt"])) <= room:
+        if len(tokenizer.encode_prompt(add_to_prompt(row["prompt"]))) <= room:
             # The answer as it would be learned: a chat template may write more than it.
             example = tokenizer.encode_example(row["prompt"], row["answer"], 10**9)
             usable.append({"prompt": row["prompt"], "answer": tokenizer.decode(example[1])})

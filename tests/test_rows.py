@@ -307,11 +307,14 @@ def test_what_a_person_spells_is_no_control_token(chat, tmp_path):
                        "messages")
 
 
-def test_nothing_is_added_to_a_begun_reply(chat, capsys):
+def test_nothing_is_added_to_a_begun_reply(chat, tmp_path, capsys):
     """A prompt that ends with the start of the reply (huggingface/transformers#32213) has no place
     for an instruction or a draft: they would be the assistant's own words."""
     row = {"prompt": [ASK, TELL], "answer": "No."}
-    for add in (lambda: hir.ask(row, {"answer": "correct"}),
+    (tmp_path / "data").write_text(json.dumps(row))
+    flags = ["--data", str(tmp_path / "data")]
+    for add in (lambda: hir.read_tasks(chat, hir.parse_args(flags), 99),
+                lambda: self_correct.read_problems(chat, self_correct.parse_args(flags), 99),
                 lambda: self_correct.prompt_of(row, self_correct.Answer("No.", 0, "Wrong."))):
         with pytest.raises(SystemExit):
             add()
