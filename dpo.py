@@ -432,8 +432,8 @@ def train(args):
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    # Adam divides by the typical size of a weight's gradient, so a weight with a tiny gradient moves
-    # as fast as any. A larger eps slows it down: see "What keeps it steady" in docs/dpo.md.
+    # Adam divides by the typical size of a weight's gradient, so weights with tiny gradients move as
+    # fast as others. A larger eps slows them down: see "What keeps it steady" in docs/dpo.md.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=args.adam_eps,
                                   weight_decay=0.0, fused=True)
     start = run.load_state(model, optimizer)["step"]

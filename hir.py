@@ -25,6 +25,7 @@ import itertools
 import math
 import random
 import re
+import warnings
 from statistics import fmean
 
 import torch
@@ -501,7 +502,11 @@ def parse_args(argv=None):
     flag("--alpha", type="amount", default=1.0, help="weight of the contrast between instructions")
     flag("--beta", type="amount", default=0.001, help="weight of the entropy, for diverse outputs")
     flag("--alternatives", type="whole", default=1, help="wrong instructions beside the right one")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("alpha", "beta", "alternatives"):
+        if args.algo == "farl" and getattr(args, name) != parser.get_default(name):
+            warnings.warn(f"--{name} has no effect with --algo farl")
+    return args
 
 
 def main(argv=None):

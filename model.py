@@ -160,14 +160,18 @@ def check_model(model, name, size):
     """End with one line if the scripts would compute wrong log-probs with this model."""
     ids = torch.arange(8, device=model.device)[None] % size
     head = getattr(model, "score", None) or model.get_output_embeddings()
-    head.weight.mul_(1024)  # large logits, so that soft-capping shows
-    logits = model(input_ids=ids).logits  # (1, 8, V)
-    hidden, shorter = (model.base_model(input_ids=ids[:, :T]).last_hidden_state for T in (8, 7))
-    product = hidden @ head.weight.T  # (1, 8, V)
-    head.weight.div_(1024)  # exact, as 1024 is a power of two
-    if not torch.allclose(hidden[:, :7], shorter, atol=1e-2 * float(hidden.std())):
+
+    def states(T):
+        return model.base_model(input_ids=ids[:, :T]).last_hidden_state  # (1, T, D)
+
+    hidden = states(8)
+    if not torch.allclose(hidden[:, :7], states(7), atol=1e-3 * float(hidden.std())):
         fail(f"{name}: in {type(model).__name__} a token sees those behind it, so it would see the "
              "answer; take a model with causal attention")
+    head.weight.mul_(1024)  # large logits, so that soft-capping shows
+    logits = model(input_ids=ids).logits  # (1, 8, V)
+    product = states(8) @ head.weight.T  # (1, 8, V); the head may be the embedding, too
+    head.weight.div_(1024)  # exact, as 1024 is a power of two
     if head is not getattr(model, "score", None) and not torch.allclose(
             logits, product, atol=1e-3 * float(product.std())):
         fail(f"{name}: {type(model).__name__} does more between its hidden states and its "
@@ -266,6 +270,11 @@ class Tokenizer:
                        for i, token in enumerate(added.values()) if token.special}
         if not self.encode("a"):
             fail(f"{folder}: its tokenizer files are missing; put them into the folder")
+        words = [x for x in self.transformers.get_vocab() if x.isascii() and x.isalpha()]
+        word = max(words, key=len, default="a")
+        if len(self.encode(word)) == len(word) > 1:
+            warnings.warn(f"{folder}: its tokenizer has a token for {word!r}, and spells it letter "
+                          "by letter; is merges.txt empty?")
         self.eos_id = self.transformers.eos_token_id
         if self.eos_id is None:
             fail(f"{folder}: its tokenizer has no EOS token, so no response could end; set "
@@ -370,8 +379,8 @@ class Tokenizer:
         # SentencePiece drops a leading space. So an "a" is decoded in front, and then removed.
         text = self.transformers.decode([*self.encode("a"), *kept],
                                         clean_up_tokenization_spaces=False)[1:]
-        if whole and cut:  # ends of sentences in Latin, Chinese, Hindi, Arabic and Armenian script
-            text = text[:max(text.rfind(end) for end in ".!?…。！？।؟۔։") + 1]
+        if whole and cut:  # ends of sentences in Latin, Chinese, Hindi, Arabic and other scripts
+            text = text[:max(text.rfind(end) for end in ".!?…。！？．｡।॥؟۔։።။។") + 1]
         return text
 
     def show(self, prompt, response):
@@ -438,9 +447,10 @@ def check_text(row, key):
                or not isinstance(x.get("content"), str) and not x.get("tool_calls")]
         found = f"holds {json.dumps(odd[0])[:80]}" if odd else ""
     if found and not isinstance(value, str):
+        keys = [x for x in row if not re.match("where$|response ", x)]  # those of the file
         fail(f'{row["where"]}: "{key}" {found}; it has to be a text, or a list of messages with '
-             f'"role" and "content"; the keys of this row are {[x for x in row if x != "where"]}; '
-             "docs/real_models.md shows what is read")
+             f'"role" and "content"; the keys of this row are {keys}; docs/real_models.md shows '
+             "what is read")
     return value
 
 
@@ -477,16 +487,17 @@ def read_row(row, tokenizer, *keys):
 
 def warn_of_row(row, tokenizer, prompt, responses):
     """Print, once for a file, what is in a row and will not do what a person may expect."""
-    path, text = row["where"].rpartition(":")[0], json.dumps([prompt, responses])
+    path, text = row["where"].rpartition(":")[0], str([prompt, responses])
     for token in tokenizer.hidden.values():
         if token in text:
             warnings.warn(f"{path}: a text spells the control token {token}, which is read as "
                           "plain letters; give messages, and the chat template writes it")
     if "" in responses:
         warnings.warn(f"{path}: a response is an empty text, which teaches to end at once")
-    unused = {"system", "functions", "documents", "images", "input", "history"} & row.keys()
+    given = {key for key in row if row[key]}  # a file may have a column that is mostly empty
+    unused = {"system", "functions", "documents", "images", "input", "history"} & given
     if isinstance(prompt, str):
-        unused |= {"tools"} & row.keys()
+        unused |= {"tools"} & given
         if tokenizer.transformers.chat_template:
             warnings.warn(f"{path}: a prompt is a plain text, so the chat template of this model "
                           "is not used; give messages to use it")
@@ -569,7 +580,7 @@ def add_gradients(model):
 # --------------------------------------------------------------------------------- flags
 
 
-def number(low, high=math.inf):
+def number(low, high=10**9):
     """An argparse type: a number from low to high, and a whole one if low is a whole number."""
     def convert(text):
         try:
@@ -578,16 +589,15 @@ def number(low, high=math.inf):
             value = math.nan
         if not low <= value <= high:  # also for NaN
             kind = "whole number" if isinstance(low, int) else "number"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no {kind} from {low} to {high}".replace(" to inf", " on"))
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind} from {low} to {high}")
         return value
 
     return convert
 
 
-# Names for a flag's type.
-NUMBERS = {"positive": number(1), "whole": number(0), "amount": number(0.0),
-           "fraction": number(0.0, 1.0)}
+# Names for a flag's type. What is larger has no meaning, or no end.
+NUMBERS = {"positive": number(1), "whole": number(0), "amount": number(0.0, 1e30),
+           "fraction": number(0.0, 1.0), "real": number(-1e30, 1e30)}
 
 
 def new_parser(file, text, defaults=None, trains=True):
@@ -649,11 +659,11 @@ class Run:
         READ.clear()
         self.args, self.folder = args, Path(args.out)
         self.state, self.metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
-        for flag in PATHS:
+        for flag in ("out", *PATHS):
             path = getattr(args, flag, None)
-            if path == "" or not args.out:
-                fail(f"--{flag} or --out is empty; is a variable of the shell not set?")
-            if self.folder.resolve() in (TINY, Path(path or TINY).resolve()):
+            if path == "":
+                fail(f"--{flag} is empty; is a variable of the shell not set?")
+            if flag != "out" and self.folder.resolve() in (TINY, Path(path or TINY).resolve()):
                 fail(f"--out {args.out}: a model has this folder or this name; give another folder")
         if args.resume and not self.state.is_file():
             fail(f"--resume: no interrupted run in {args.out}; start one without --resume")

@@ -589,9 +589,8 @@ def train(args, reward=None):
     reward = reward or load_reward(reference, tokenizer, prompts, args)
     ptx = []
     if args.ptx_data:
-        for row in read_jsonl(args.ptx_data):
-            text = tokenizer.encode(str(check_text(row, "text"))) + [tokenizer.eos_id]
-            ptx.append((tokenizer.encode_prompt(""), text[:tokenizer.context - 1]))
+        ptx = [tokenizer.encode_example("", check_text(row, "text"), tokenizer.context)
+               for row in read_jsonl(args.ptx_data)]
 
     # 3. The optimizer, and the state of an interrupted run.
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.95), eps=1e-5,
@@ -666,7 +665,7 @@ def make_parser(file, text, defaults):
     flag("--data", help='JSON Lines file of {"prompt"}; None: the toy task')
     flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
     flag("--reference", help="the model that KL is measured from; None: --model")
-    flag("--missing_eos_score", type=float, default=-1.0,
+    flag("--missing_eos_score", type="real", default=-1.0,
          help="score of a response that does not end within --max_new_tokens")
     flag("--n", type="positive", default=4, help="samples of each prompt")
     flag("--lr", type="amount", help="peak learning rate")

@@ -328,11 +328,13 @@ def prompt_of(problem, draft=None):
 def read_problems(tokenizer, args, room):
     """Problems to learn from, and problems held out. room: the most tokens of a prompt."""
     if not args.data:
+        if room < 64:
+            fail("no problem is left; use a lower --max_new_tokens")
         return toy_problems(args.problems)
     rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
     usable = []
     for row in rows:
-        if len(tokenizer.encode_prompt(row["prompt"])) <= room:
+        if len(tokenizer.encode_prompt(add_to_prompt(row["prompt"]))) <= room:
             # The answer as it would be learned: a chat template may write more than it.
             example = tokenizer.encode_example(row["prompt"], row["answer"], 10**9)
             usable.append({"prompt": row["prompt"], "answer": tokenizer.decode(example[1])})

@@ -475,7 +475,7 @@ def make_parser(file, text, defaults):
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
     flag("--pairs", type="positive", help="toy: posts to summarise")
-    flag("--length_bias", type=float, default=1.0,
+    flag("--length_bias", type="real", default=1.0,
          help="toy: how much the human likes each word; true quality, at most 1, counts 4 times")
     return parser
 

@@ -1,5 +1,6 @@
 """Bad input of all scripts: one line on stderr that names the cause, exit code 2, no traceback."""
 
+import argparse
 import importlib
 import json
 import math
@@ -212,3 +213,125 @@ def test_nan_leaves_a_good_state_and_no_model(script, ruinous, reward, tmp_path,
         assert all(torch.isfinite(weight).all() for weight in state["model"].values())
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for row in log[:ruinous + 1] for value in row.values())
+
+
+class Parser(Exception):
+    pass
+
+
+def numeric_flags(script, patch):
+    """The numeric flags of a script, as argparse actions."""
+    def stop(parser, *_):
+        raise Parser(parser)
+
+    patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parser) as found:
+        importlib.import_module(script).parse_args([])
+    return [action for action in found.value.args[0]._actions if action.type]
+
+
+# Flags that may be 0, beside those that take any number that is not negative; flags that may be
+# negative.
+ZERO = {"lora_rank", "seed", "warm_up", "alternatives", "corrections"}
+SIGNED = {"missing_eos_score", "length_bias"}
+
+
+@pytest.mark.parametrize("script", [*ROW, "variants.on_policy_pairs", "variants.win_rate"])
+def test_numbers_without_meaning(script, capsys, monkeypatch):
+    """Each numeric flag at 0, negative, huge and NaN: what has no meaning ends with exit code 2 and
+    the flag's name, before anything is loaded, and no flag makes a run of zero steps."""
+    with monkeypatch.context() as patch:
+        actions = numeric_flags(script, patch)
+    assert len(actions) > 5 or script == "variants.win_rate"
+    needed = ["--judge", "x", "A", "B"] * (script == "variants.win_rate")
+    for action in actions:
+        amount, real = action.type == "amount", action.type == "real"
+        zero = amount or real or action.type == "fraction" or action.dest in ZERO or (
+            (script, action.dest) == ("self_correct", "rounds"))
+        for text, fine in {"0": zero, "-1": real, "nan": False, "inf": False,
+                           "1e30": amount or real, "1" + "0" * 30: amount or real, "": False,
+                           "-0.5": real,
+                           "1.5": amount or real or isinstance(action.default, float) and (
+                               action.type != "fraction")}.items():
+            taken = True
+            try:
+                importlib.import_module(script).parse_args([f"--{action.dest}={text}", *needed])
+            except SystemExit as stop:
+                taken, error = False, capsys.readouterr().err
+                assert stop.code == 2 and f"--{action.dest}" in error, error
+            assert taken == fine, (action.dest, text)
+            assert not real or action.dest in SIGNED
+
+
+@pytest.mark.parametrize("script, flags, name", [
+    ("dpo", "--loss ipo --label_smoothing 0.3", "label_smoothing"), ("dpo", "--alpha 1", "alpha"),
+    ("simpo", "--loss cpo --gamma_beta_ratio 1", "gamma_beta_ratio"),
+    ("simpo", "--lam 2", "lam"), ("simpo", "--loss orpo --beta 1", "beta"),
+    ("simpo", "--delta 2", "delta"), ("hir", "--algo farl --alternatives 2", "alternatives"),
+    ("hir", "--algo farl --beta 0.1", "beta")])
+def test_a_flag_of_another_loss_is_named(script, flags, name):
+    """One warning; none where the flag has an effect."""
+    with pytest.warns(UserWarning, match=f"^--{name} has no effect with --") as found:
+        importlib.import_module(script).parse_args(flags.split())
+    assert len(found) == 1
+
+
+def test_flags_that_have_an_effect_are_not_named(capsys, recwarn):
+    for script, flags in (("dpo", "--label_smoothing 0.3"), ("dpo", "--loss rdpo --alpha 1"),
+                          ("simpo", "--loss cpo --lam 2 --beta 1"),
+                          ("simpo", "--loss slic --delta 2"),
+                          ("hir", "--alpha 2 --beta 0.1 --alternatives 2"), ("dpo", "--beta 0")):
+        importlib.import_module(script).parse_args(flags.split())
+    assert not recwarn.list
+    with pytest.raises(SystemExit):
+        importlib.import_module("dpo").parse_args("--loss ipo --beta 0".split())
+    assert "by which the loss divides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, flag", [
+    (script, flag) for script in ("dpo", "ppo_rlhf") for flag in hub.PATHS + ("out",)])
+def test_an_empty_name_is_no_name(script, flag, tmp_path, capsys, monkeypatch):
+    """As of a variable of the shell that is not set: not the toy, and no file beside the script."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    try:
+        args = module.parse_args(["--out", "run", f"--{flag}="])
+    except SystemExit:  # this script has no such flag
+        return
+    with pytest.raises(SystemExit) as stop:
+        module.train(args)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith(f"error: --{flag} is empty"), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_whose_step_is_no_step(stopped, reward, tmp_path, capsys):
+    folder, data = stopped("sft")
+    for step in (0.5, True, "1", None, -1):
+        shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
+        state = torch.load(folder / "state.pt", weights_only=True)
+        torch.save(state | {"step": step}, tmp_path / "run" / "state.pt")
+        fails(capsys, "no state of this script", "sft", tmp_path / "run", data, "--resume", reward)
+
+
+def test_resume_looks_at_every_model_of_ppo(stopped, reward, tmp_path, capsys):
+    """The reward model's folder was written anew between the runs (NVIDIA-NeMo/RL#3722)."""
+    folder, data = stopped("ppo_rlhf")
+    shutil.copytree(folder, tmp_path / "run")
+    model, tokenizer = hub.load_model(reward, "reward")
+    model.score.weight.data += 1
+    (tmp_path / "reward").mkdir()
+    hub.save_model(model, tokenizer, tmp_path / "reward")
+    fails(capsys, f"the weights of {tmp_path / 'reward'} are not those", "ppo_rlhf",
+          tmp_path / "run", data, "--resume", tmp_path / "reward")
+
+
+@pytest.mark.parametrize("script", ["dpo", "ppo_rlhf", "simpo", "sft", "hir", "self_correct"])
+def test_the_toy_has_no_room(script, tmp_path, capsys):
+    """Samples that are longer than the context of the model end the toy, too, with one line."""
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(
+            ["--max_new_tokens", "600", "--out", str(tmp_path), "--device", "cpu"] +
+            ["--pairs", "4"] * (script in ("dpo", "simpo")))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and "left" in line and line.count("\n") == 1, line

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_model import bpe, new_folder
+from tokenizers import processors
 
 import dpo
 import hir
@@ -13,8 +15,9 @@ import ppo_rlhf
 import reward_model
 import self_correct
 import sft
-from model import load_model, read_jsonl, save_model, split_by_prompt
+from model import Tokenizer, load_model, read_jsonl, save_model, split_by_prompt
 from variants import on_policy_pairs, win_rate
+from variants.chain_of_hindsight import chains
 
 ARGS = {"max_length": 512, "max_new_tokens": 1, "max_tokens": 4096, "loss": "ranking",
         "feedback": "text", "data": None, "missing_eos_score": -1.0, "seed": 0}
@@ -225,3 +228,84 @@ def test_only_finished_answers_that_match_exactly_are_right(text, ended, right):
     row = {"prompt": "Sort:", "answer": "(B) 12"}
     assert hir.observe(row, text, ended) == {"answer": "correct" if right else "wrong"}
     assert self_correct.appraise(row, text, ended, a()).value == right
+
+
+def test_ppo_scores_no_half_of_a_text(judge, tiny, tmp_path, capsys, monkeypatch):
+    """A reward model whose context is too short for a sample ends the run with one line; all that
+    a sample holds is judged, control tokens too (huggingface/trl#2897, volcengine/verl#1724)."""
+    word, end = tiny[1].encode(" The plot was dull."), tiny[1].eos_id
+    outputs = [[*word, end], [*word[:2], *[end] * 9, *word[2:], end]]
+    monkeypatch.setattr(ppo_rlhf, "sample", lambda model, tokenizer, asked, *_, **__: [
+        outputs[i % 2] for i in range(len(asked))])
+    save_model(*judge, tmp_path)
+    args = a(reward_model=str(tmp_path), device="cpu")
+    reward = ppo_rlhf.load_reward(tiny[0], tiny[1], ["A"], args)
+    _, scores, texts, _ = ppo_rlhf.rollout(tiny[0], reward, tiny[1], ["A"], 2, 0, args)
+    assert texts[1].count("<|endoftext|>") == 9 and scores[0, 0] != scores[0, 1]
+    model, tokenizer = load_model(tmp_path, "reward")
+    tokenizer.context = 16
+    monkeypatch.setattr(ppo_rlhf, "load_model", lambda *_: (model, tokenizer))
+    with pytest.raises(SystemExit):
+        ppo_rlhf.load_reward(tiny[0], tiny[1], ["A"], args)
+    line = capsys.readouterr().err
+    assert "its context of 16 tokens is too short" in line and line.count("\n") == 1
+
+
+def test_texts_of_ptx_begin_as_the_tokenizer_begins_a_text(tmp_path, monkeypatch):
+    """With a BOS where the tokenizer has one, and not with EOS (EleutherAI/lm-evaluation-harness
+    #1465, huggingface/trl#1392); a long text is cut and then has no EOS."""
+    theirs = bpe(tmp_path)
+    theirs._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", theirs.bos_token_id)])
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "texts").write_text("\n".join(
+        json.dumps({"text": text}) for text in ("I saw the film.", "film " * 99)))
+    model, _ = load_model(new_folder(tmp_path / "new", "llama"))
+    tokenizer, seen = Tokenizer(tmp_path), []
+    tokenizer.context = 64
+    monkeypatch.setattr(ppo_rlhf, "load_model", lambda name, head, *_: (
+        model if head == "lm" else load_model(tmp_path / "new", head)[0], tokenizer))
+    monkeypatch.setattr(ppo_rlhf, "learn", lambda *args: seen.append(args[3]) or open(tmp_path))
+    with pytest.raises(SystemExit):
+        ppo_rlhf.main(f"--ptx_data {tmp_path}/texts --out {tmp_path}/run --batch_size 4 "
+                      "--max_new_tokens 8 --device cpu".split())
+    bos, eos = theirs.bos_token_id, theirs.eos_token_id
+    assert seen[0][0] == ([bos], theirs.encode("I saw the film.")[1:] + [eos]) and bos != eos
+    assert seen[0][1] == ([bos], theirs.encode("film " * 99)[1:64])
+
+
+def test_a_cut_sample_is_never_an_empty_text(judge, tiny, tmp_path, capsys, monkeypatch):
+    """Sentences end in other scripts, too; a sample without a whole sentence is left out and
+    counted, and is not the best of its prompt."""
+    texts = ["昨日見た。とても", "मैंने देखा। बहुत", "هل رأيت؟ نعم", "I saw", "It was", " "]
+    responses = [judge[1].encode(text) for text in texts]
+    whole = [judge[1].decode(ids, whole=True) for ids in responses]
+    assert whole == ["昨日見た。", "मैंने देखा।", "هل رأيت؟", "", "", ""]
+    monkeypatch.setattr(on_policy_pairs, "sample", lambda *_, **__: responses)
+    monkeypatch.setattr(on_policy_pairs, "toy_reward", lambda text: -len(text))
+    on_policy_pairs.main(f"--out {tmp_path} --n 3 --prompts 2 --device cpu".split())
+    assert "; 3 responses left out without a whole sentence" in capsys.readouterr().out
+    pair, = read_jsonl(tmp_path / "pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == (whole[0], whole[1])
+    assert [row["response"] for row in read_jsonl(tmp_path / "samples.jsonl")] == whole[:3]
+
+
+def test_two_answers_to_one_prompt_are_two_problems(tiny, tmp_path):
+    """Each sample is judged by the row that it was drawn for, so the order of the rows does not
+    matter, and what is right for one answer is no success for the other."""
+    answers = ["1", "2"]
+    rows = [{"prompt": p, "answer": answer} for p in "AB" for answer in answers]
+    (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
+    flags = f"--data {tmp_path}/data --samples 4".split()
+    tasks, _ = hir.read_tasks(tiny[1], hir.parse_args(flags), 99)
+    assert [problem["answer"] for problem, _ in tasks] == answers
+    online = []
+    for problem, wanted in tasks:
+        for text in answers:
+            done = hir.observe(problem, text, True)
+            assert done == {"answer": "correct" if text == problem["answer"] else "wrong"}
+            online.append((problem, wanted, done, text))
+    assert [(task[0]["answer"], bad, good) for task, bad, good in chains(online)] == [
+        ("1", "2", "1"), ("2", "1", "2")]
+    problems, _ = self_correct.read_problems(tiny[1], self_correct.parse_args(flags[:2]), 99)
+    assert [self_correct.appraise(problem, "2", True, a()).value for problem in problems] == [0, 1]

@@ -52,21 +52,39 @@ def test_values_and_both_gradients_in_float64(N, V, scale):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-10 * scale)
 
 
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.size = max(self.size, out.numel() if torch.is_tensor(out) else 0)
+        return out
+
+
 def test_no_tensor_is_nearly_as_large_as_the_logits():
     """The naive version holds three (N, V) matrices (huggingface/trl#2799)."""
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            self.size = max(self.size, out.numel() if torch.is_tensor(out) else 0)
-            return out
-
     hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (128, 50257))
     for gather, low, high in ((gather_logps, 0, 0.1), (naive, 1, 1)):
         with Largest() as largest:
             gather(hidden, weight, torch.arange(128)).sum().backward()
         assert low <= largest.size / (128 * 50257) <= high
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_head_gets_no_gradient(frozen):
+    """With LoRA nobody reads it, so nothing of its size is made in the backward pass
+    (linkedin/Liger-Kernel#1441, PrimeIntellect-ai/prime-rl#3011). The hidden states get theirs."""
+    hidden, weight = (torch.randn(n, 32, requires_grad=True) for n in (8, 50257))
+    weight.requires_grad_(not frozen)
+    logps = gather_logps(hidden, weight, torch.arange(8))
+    with Largest() as largest:
+        logps.sum().backward()
+    assert (largest.size >= weight.numel()) == (not frozen) == (weight.grad is not None)
+    assert largest.size >= weight.numel() or largest.size <= 4096 * 32
+    expected, = torch.autograd.grad(naive(hidden, weight, torch.arange(8)).sum(), hidden)
+    assert torch.allclose(hidden.grad, expected, atol=1e-4)
 
 
 def test_bf16_arithmetic_gives_fp32_log_probs(tiny, monkeypatch):

@@ -1,6 +1,7 @@
 """Loading and saving: tokenizers, models, models that do not fit, saved states, LoRA."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -285,3 +286,106 @@ def test_lora(kind, head, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for merged in (model, plain.eval(), m.load_model(folder, head)[0]):
         assert torch.allclose(logits(merged), adapted, atol=1e-4 * float(adapted.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["config", "tokenizer", "known"])
+def test_no_code_of_a_folder_is_run(kind, tmp_path, monkeypatch, capsys):
+    """transformers asks on the terminal whether it may run a folder's own code; nobody is asked
+    here, and "y" on standard input runs nothing. A known kind of model needs no such code."""
+    folder, ran = new_folder(tmp_path / "new", "llama"), tmp_path / "ran"
+    m.save_model(*m.load_model(folder), folder)
+    code = (f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+            "from transformers import LlamaConfig as OwnConfig, LlamaForCausalLM as OwnModel\n")
+    (folder / "own.py").write_text(code)
+    if kind == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+        edit(folder / "tokenizer_config.json", tokenizer_class="Own",
+             auto_map={"AutoTokenizer": [None, "own.Own"]})
+    else:
+        edit(folder / "config.json", model_type="llama" if kind == "known" else "mine",
+             auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    if kind == "known":
+        m.load_model(folder)
+    else:
+        refused(capsys, "cannot load this model", folder)
+    assert not ran.exists()
+
+
+def test_added_words_are_one_token(tmp_path):
+    """Ordinary words that were added to GPT-2's vocabulary are not spelled by merges, so tiktoken
+    would take them apart (huggingface/tokenizers#1309, minimaxir/gpt-2-simple#260)."""
+    theirs = hf.AutoTokenizer.from_pretrained(m.TINY)
+    theirs.add_tokens(["[MOL]", "<scene>"])
+    theirs.save_pretrained(tmp_path)
+    ours, text = m.Tokenizer(tmp_path), "I saw the [MOL] film <scene> last night."
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert {len(theirs) - 1, len(theirs) - 2} < {*ours.encode(text)} and ours.tiktoken is None
+
+
+def test_no_word_ends_a_response(tmp_path):
+    """A config may keep its class's default EOS, which is an ordinary word of this tokenizer
+    (salesforce/CodeGen#32, huggingface/transformers#7275): it stays in the middle of a response."""
+    folder = new_folder(tmp_path / "new", "llama")
+    word = m.Tokenizer(folder).encode("#")[0]
+    edit(folder / "config.json", eos_token_id=word)
+    _, tokenizer = m.load_model(folder)
+    ids = tokenizer.encode_example("A", "1 # 2 # 3", 64)[1]
+    assert ids.count(word) == 2 and tokenizer.decode(ids) == "1 # 2 # 3"
+    assert ids[-1] == tokenizer.eos_id and tokenizer.stop_ids == {tokenizer.eos_id}
+
+
+@pytest.mark.parametrize("kind, head", [("Gemma3TextConfig", "lm"), ("Gemma3TextConfig", "reward"),
+                                        ("BertConfig", "lm")])
+def test_a_token_may_not_see_those_behind_it(kind, head, tmp_path, capsys):
+    """With attention in both directions every token sees its answer, so the loss is too good
+    (huggingface/transformers#31673, UKPLab/sentence-transformers#3513)."""
+    folder = new_folder(tmp_path / "new", kind, use_bidirectional_attention=True)
+    auto = hf.AutoModelForCausalLM if head == "lm" else hf.AutoModelForSequenceClassification
+    config = hf.AutoConfig.from_pretrained(folder, num_labels=1)
+    auto.from_config(config).save_pretrained(folder)
+    refused(capsys, "a token sees those behind it", folder, head)
+    if "Gemma" in kind:
+        edit(folder / "config.json", use_bidirectional_attention=False)
+        assert m.load_model(folder, head)
+
+
+def test_weights_that_are_not_used_are_counted(tmp_path):
+    """A config with fewer layers than the weights, and eight-bit weights beside their scales."""
+    folder = tmp_path / "new"
+    shutil.copytree(m.TINY, folder)
+    edit(folder / "config.json", n_layer=1)
+    with pytest.warns(UserWarning, match=r"new: 11 of its weights are not used, such as tran"):
+        m.load_model(folder)
+    edit(folder / "config.json", n_layer=hf.AutoConfig.from_pretrained(m.TINY).n_layer)
+    weights = load_file(folder / "model.safetensors")
+    large = [name for name, w in weights.items() if w.ndim == 2]
+    for name in large:
+        weights[name + ".scale"] = weights[name].abs().amax(1) / 127
+        weights[name] = (weights[name] / weights[name + ".scale"][:, None]).to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"new: {len(large)} of its weights are not used"):
+        m.load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["", "#version: 0.2\n"])
+def test_a_tokenizer_without_merges(content, tmp_path):
+    """It spells each word letter by letter, and the model has never seen that."""
+    shutil.copytree(m.TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "merges.txt").write_text(content)
+    with pytest.warns(UserWarning, match="letter by letter; is merges.txt empty"):
+        m.Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda"])
+def test_the_device_is_named(device, capsys, monkeypatch):
+    """And not the model, which has nothing to do with it."""
+    def to(*_):  # as where there is none
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    if device == "cuda":
+        monkeypatch.setattr(torch.nn.Module, "to", to)
+    with pytest.raises(SystemExit) as stop:
+        m.load_model(device=device)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith(f"error: --device {device}: cannot be used")

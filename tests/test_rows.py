@@ -1,17 +1,23 @@
 """Rows of real data, and models of real kinds, after public bug reports; the values are made up."""
 
 import json
+import re
 import warnings
 
 import pytest
 import torch
 import transformers as hf
+from conftest import ROOT
 from test_model import bpe, edit, new_folder, refused
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 import dpo
+import hir
 import model as m
+import reward_model
+import self_correct
 import sft
+from variants import rankings
 
 TURNS = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n"
          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -218,3 +224,201 @@ def test_unfinished_sentences_of_a_cut_sample(chat):
     ids = chat.encode("I saw it. In the")
     assert chat.decode(ids) == "I saw it. In the" and chat.decode(ids, whole=True) == "I saw it."
     assert chat.decode([*ids, chat.eos_id], whole=True) == "I saw it. In the"
+
+
+REASONING = ("{% for m in messages %}<|im_start|>{{ m['role'] }}{{ ' ' + m.name if m.name }}\n"
+             "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+             "{{ m['content'] }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>"
+             "{% endfor %}<end>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("more, written", [
+    (CALL | {"content": ""}, "<call>weather</call><end>"),
+    (CALL | {"content": None}, "<call>weather</call><end>"),
+    (CALL | {"content": "Wait."}, "Wait.<call>weather</call><end>"),
+    ({"content": "42.", "reasoning_content": "6 * 7."}, "<think>6 * 7.</think>42.<end>")])
+def test_a_reply_is_more_than_its_content(more, written, chat, tmp_path):
+    """Tool calls and reasoning go to the template and are learned (fw-ai/cookbook#378,
+    THUDM/slime#1008), and so does the name of who speaks."""
+    chat.transformers.chat_template = REASONING
+    rows = [{"messages": [ASK | {"name": "Ann"}, {"role": "assistant"} | more]}]
+    (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
+    row, = sft.read_demonstrations(tmp_path / "data", chat)
+    prompt, response = spell(chat, chat.encode_example(row["prompt"], row["completion"], 99))
+    assert response == written and prompt.startswith("<|im_start|>user Ann\n")
+
+
+def test_columns_that_change_the_prompt(chat):
+    """Tools go to the template (OpenRLHF/OpenRLHF#1079, huggingface/trl#6259); what the scripts
+    cannot pass on is named once (hiyouga/LLaMA-Factory#5743), and a column without a value is not.
+    """
+    chat.transformers.chat_template = "{% for t in tools or [] %}{{ t.name }} {% endfor %}" + TURNS
+    row = {"messages": [ASK, TELL], "tools": [{"name": "weather"}], "system": "", "where": "F:1"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = m.read_row(row, chat, "messages")
+    text = spell(chat, chat.encode_example(read["prompt"], read["messages"], 99))
+    assert text[0].startswith("weather <|im_start|>user\n") and text[1] == "I saw it.<end>"
+    with pytest.warns(UserWarning, match=r"^F: \['system'\] beside \"prompt\" are not used"):
+        m.read_row(row | {"system": "Be a pirate."}, chat, "messages")
+    with pytest.warns(UserWarning, match=r"^F: \['tools'\] beside"):  # a text has no place for them
+        m.read_row({"prompt": "A", "tools": [1], "where": "F:1"}, chat)
+
+
+@pytest.mark.parametrize("said, right", [
+    ("<think>\n\n</think>\n\nI saw it.", True), ("I saw it.", False), ("<think>\n</think>", False)])
+def test_right_is_what_would_be_learned(said, right, chat, tmp_path):
+    """A template may write an empty thinking block before each reply, which SFT teaches; then an
+    answer is right with it (huggingface/trl#6966)."""
+    block = "{{ '<think>\n\n</think>\n\n' if m['role'] == 'assistant' }}"
+    chat.transformers.chat_template = TURNS.replace("{{ m['content']", block + "{{ m['content']")
+    rows = [{"prompt": [ASK | {"content": f"{i}?"}], "answer": "I saw it."} for i in range(2)]
+    (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data", str(tmp_path / "data")]
+    args = hir.parse_args(flags)
+    tasks, _ = hir.read_tasks(chat, args, 99)
+    ids = chat.encode(said) + [max(chat.stop_ids)]
+    assert hir.observe(tasks[0][0], chat.decode(ids), True)["answer"] == (
+        "correct" if right else "wrong")
+    args = self_correct.parse_args(flags)
+    problem, = self_correct.read_problems(chat, args, 99)[0]
+    assert self_correct.appraise(problem, chat.decode(ids), True, args).value == right
+
+
+def test_what_a_person_spells_is_no_control_token(chat, tmp_path):
+    """A chat that spells the end of a turn does not end there, on either side; what was sampled as
+    a control token stays in the text (huggingface/trl#2897, volcengine/verl#1724). The names of
+    control tokens need not be ASCII, as in DeepSeek's."""
+    end, = chat.stop_ids - {chat.eos_id}
+    prompt, reply = [ASK | {"content": "What is <end>?"}], "It is <end> or </s>, I saw."
+    example = chat.encode_example(prompt, reply, 99)
+    assert [ids.count(end) for ids in example] == [1, 1] and example[1][-1] == end
+    assert not {chat.eos_id} & {*example[0], *example[1]} and chat.decode(example[1]) == reply
+    assert "What is <end>?" in spell(chat, example)[0]
+    assert chat.decode([*chat.encode("I"), end, *chat.encode(" saw"), end]) == "I<end> saw"
+    chat.transformers.add_special_tokens({"additional_special_tokens": ["<｜end｜>"]})
+    chat.transformers.save_pretrained(tmp_path)
+    chat = m.Tokenizer(tmp_path)
+    for text in ("<end>", "</s>", "<｜end｜>"):
+        with pytest.warns(UserWarning, match="spells the control token " + text):
+            m.read_row({"messages": [ASK, TELL | {"content": text}], "where": "F:1"}, chat,
+                       "messages")
+
+
+def test_nothing_is_added_to_a_begun_reply(chat, tmp_path, capsys):
+    """A prompt that ends with the start of the reply (huggingface/transformers#32213) has no place
+    for an instruction or a draft: they would be the assistant's own words."""
+    row = {"prompt": [ASK, TELL], "answer": "No."}
+    (tmp_path / "data").write_text(json.dumps(row))
+    flags = ["--data", str(tmp_path / "data")]
+    for add in (lambda: hir.read_tasks(chat, hir.parse_args(flags), 99),
+                lambda: self_correct.read_problems(chat, self_correct.parse_args(flags), 99),
+                lambda: self_correct.prompt_of(row, self_correct.Answer("No.", 0, "Wrong."))):
+        with pytest.raises(SystemExit):
+            add()
+        line = capsys.readouterr().err
+        assert "a prompt ends with the start of the reply" in line and line.count("\n") == 1
+    asked = hir.ask({"prompt": [TELL, ASK]}, {"answer": "correct"})
+    assert [x["content"] for x in asked] == [
+        "I saw it.", "Generate a correct answer to this problem.\nIn 2024?"]
+
+
+def test_half_a_character_becomes_the_replacement_character(tmp_path):
+    """A lone surrogate (huggingface/transformers#8886, openai/tiktoken#82) is no text for any
+    tokenizer. A whole pair of them is an emoji, which stays."""
+    (tmp_path / "data").write_text('{"prompt": "I \\ud83d saw", "a": ["\\ude00"]}\n'
+                                   '{"prompt": "\\ud83d\\ude00 \\\\ud83d"}')
+    with pytest.warns(UserWarning, match="holds halves of characters") as found:
+        first, second = m.read_jsonl(tmp_path / "data")
+    assert (first["prompt"], first["a"]) == ("I \ufffd saw", ["\ufffd"]) and len(found) == 1
+    assert second["prompt"] == "\U0001f600 \\ud83d"
+
+
+@pytest.mark.parametrize("messages, fragment", [
+    ([{"from": "human", "value": "A"}], '"messages" holds {"from": "human", "value": "A"}'),
+    ([TELL], '"prompt" is missing'), ([], '"messages" is []'), ("Hello", '"prompt" is missing')])
+def test_the_rows_own_keys_are_named(messages, fragment, chat, tmp_path, capsys):
+    """As of exports of LLaMA-Factory and ShareGPT; "completion" was named once, which no such row
+    has."""
+    (tmp_path / "data").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(SystemExit):
+        sft.read_demonstrations(tmp_path / "data", chat)
+    line = capsys.readouterr().err
+    assert fragment in line and "the keys of this row are ['messages']" in line
+
+
+@pytest.mark.parametrize("change, fragment", [
+    ({"ranks": 3}, '"responses" has to be a list'), ({"ranks": [1, 0]}, "whole numbers"),
+    ({"ranks": [1, True]}, "whole numbers"), ({"ranks": [1, "2"]}, "whole numbers"),
+    ({"responses": "ab"}, '"responses" has to be a list'),
+    ({"responses": {"a": 1, "b": 2}}, '"responses" has to be a list'),
+    ({"responses": ["a", 7]}, '"response 1" is 7'),
+    ({"prompt": None}, "the keys of this row are ['prompt', 'responses', 'ranks']"),
+    ({"ranks": [10**30, 3]}, None)])
+def test_odd_rankings(change, fragment, tiny, capsys):
+    """Only the order of ranks counts, however large they are."""
+    row = {"prompt": "A", "responses": ["a", "b"], "ranks": [1, 2], "where": "F:7"} | change
+    if fragment is None:
+        assert reward_model.read_ranking(row, tiny[1])["ranks"] == [2, 1]
+        return
+    with pytest.raises(SystemExit):
+        reward_model.read_ranking(row, tiny[1])
+    line = capsys.readouterr().err
+    assert line.startswith("error: F:7: ") and fragment in line, line
+
+
+def test_ties_between_replies_that_are_messages(chat, tmp_path):
+    """They cannot be sorted, and need not be."""
+    replies = [TELL | {"name": "a"}, NO | {"name": "b"}, TELL]
+    row = {"prompt": [ASK], "responses": [[x] for x in replies], "ranks": [2, 1, 2]}
+    (tmp_path / "data").write_text(json.dumps(row))
+    row, = rankings.read_rankings(tmp_path / "data", chat)
+    assert row["ranks"] == (1, 2, 2) and row["chosen"] == replies[1]
+
+
+@pytest.mark.parametrize("line, fragment", [
+    ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "not a JSON object"),
+    ('{"a": ' + "1" * 5000 + "}", "not a JSON object"), ("[" * 100_000, "one JSON array")])
+def test_json_that_cannot_be_read(line, fragment, tmp_path, capsys):
+    (tmp_path / "data").write_text(line)
+    with pytest.raises(SystemExit):
+        m.read_jsonl(tmp_path / "data")
+    assert fragment in capsys.readouterr().err
+
+
+def test_empty_responses_are_named_once(tiny):
+    with pytest.warns(UserWarning, match="^F: a response is an empty text, which teaches to end"):
+        m.read_row({"prompt": "A", "chosen": "", "rejected": "b", "where": "F:1"}, tiny[1],
+                   "chosen", "rejected")
+    with pytest.warns(UserWarning, match="^F: a response is an empty text"):
+        m.read_row({"prompt": "A", "answer": "", "where": "F:1"}, tiny[1], "answer")
+
+
+def test_converters_of_other_formats(chat, tmp_path, monkeypatch):
+    """What docs/real_models.md tells people with rows of other projects to do: each row that comes
+    out is one that the scripts read."""
+    page = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+    code, = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    row = {"instruction": "In", "input": "2024?", "output": "I saw it."}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(row))
+    names = {}
+    exec(code, names)
+    question = ASK | {"content": "In\n2024?"}
+    read, = sft.read_demonstrations("mine.jsonl", chat)
+    assert (read["prompt"], read["completion"]) == ([question], "I saw it.")
+    assert names["alpaca"]({"instruction": "A", "output": "B"})["messages"][0]["content"] == "A"
+    turns = [("system", "Hi"), ("human", "In 2024?"), ("gpt", "I saw it.")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    assert names["sharegpt"](row) == {
+        "messages": [{"role": "system", "content": "Hi"}, ASK, TELL]}
+    start = "\n\nHuman: A\n\nB?\n\nAssistant: No.\n\nHuman: In 2024?\n\nAssistant:"
+    row = {"chosen": start + " I saw it.", "rejected": start + " No."}
+    read = m.read_row(names["transcripts"](row) | {"where": "F:1"}, chat, "chosen", "rejected")
+    assert read["prompt"] == [ASK | {"content": "A\n\nB?"}, NO, ASK]
+    assert (read["chosen"], read["rejected"]) == ("I saw it.", "No.")
+    assert names["transcript_texts"](row) == {
+        "prompt": start, "chosen": " I saw it.", "rejected": " No."}
+    assert names["plain"]({"text": " I saw\nit."}) == {"prompt": " I", "completion": " saw\nit."}

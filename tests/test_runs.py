@@ -1,20 +1,25 @@
 """Whole runs of all scripts: what they reach, what they leave, that they repeat, stop and go on."""
 
 import contextlib
+import datetime
 import importlib
 import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import model
 
 # Small runs of a few steps, with every kind of state that --resume has to bring back.
 SMALL = {
@@ -222,3 +227,147 @@ def test_default_run(script, metric, least, tmp_path):
     """The default runs over three seeds reach what the README says, on average."""
     found = [run(script, tmp_path, "", "--seed", str(seed))[metric] for seed in range(3)]
     assert mean(found) >= least, found
+
+
+ROWS = [{"prompt": f"I saw film number {i}.", "completion": " It was dull."} for i in range(20)]
+SFT = "--batch_size 4 --steps 6 --save_every 2 --max_new_tokens 4"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A function: flags -> the metrics of sft.py on ROWS, run in tmp_path with --out run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "data").write_text("\n".join(map(json.dumps, ROWS)))
+    return lambda *flags: run("sft", "run", f"{SFT} --data data", *flags)
+
+
+def breaks(patch, error, calls=4):
+    """Let the optimizer's step number `calls` raise this error."""
+    step, count = torch.optim.AdamW.step, []
+
+    def broken(*args, **rest):
+        count.append(1)
+        if len(count) == calls:
+            raise error
+        return step(*args, **rest)
+
+    patch.setattr(torch.optim.AdamW, "step", broken)
+
+
+def one_line(capsys, call, *args):
+    """The line with which a call ends."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate "
+                 "memory: you tried to allocate 99 bytes.")], ids=["cuda", "cpu"])
+def test_out_of_memory_has_a_way_back(error, mine, capsys, monkeypatch):
+    """One line names --max_tokens and --resume. No gradient depends on it, so the run goes
+    on with another value; and a run without a state says that there is none."""
+    with monkeypatch.context() as patch:
+        breaks(patch, error)
+        line = one_line(capsys, mine)
+        assert "--max_tokens" in line and "add --resume" in line
+        args = open("run/args.json").read()
+        mine("--resume", "--max_tokens", "64")
+    assert [row["step"] for row in log(Path("run"))] == list(range(1, 7))
+    assert not Path("run/state.pt").exists() and open("run/args.json").read() == args
+    breaks(monkeypatch, error, calls=1)
+    monkeypatch.setattr(torch, "save", lambda *_: None)
+    monkeypatch.setattr("model.os.replace", lambda *_: None)
+    assert "no state has been saved yet" in one_line(capsys, mine)
+    breaks(monkeypatch, RuntimeError("another fault"), calls=1)
+    with pytest.raises(RuntimeError, match="another fault"):
+        mine()
+
+
+def test_an_older_state_stays_until_the_new_run_can_work(mine, capsys, monkeypatch):
+    """A forgotten --resume with a name mistyped destroys nothing; nor does a refused --resume,
+    whose line gives the old value."""
+    with monkeypatch.context() as patch:
+        breaks(patch, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            mine("--seed", "5")
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    assert before.keys() == {"args.json", "metrics.jsonl", "state.pt"}
+    for flags, fragment in (("--data typo", "typo: cannot be read"),
+                            ("--model typo", "typo: cannot load"), ("--max_length 1", "left"),
+                            ("--resume --seed 6", "was started with --seed 5"),
+                            ("--resume --seed 5 --batch_size 2", "--batch_size 4"),
+                            ("--resume --seed 5 --data typo", "typo")):
+        assert fragment in one_line(capsys, mine, *flags.split())
+        assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+    Path("data").rename("moved")  # another path with the same rows
+    mine("--seed", "5", "--resume", "--data", "moved")
+    assert len(log(Path("run"))) == 6
+
+
+def test_a_kill_while_the_log_is_cut_loses_no_line(mine, monkeypatch):
+    """Lines behind the saved state are cut when a run is resumed: written beside, then moved."""
+    with monkeypatch.context() as patch:
+        breaks(patch, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            mine()
+    lines = Path("run/metrics.jsonl").read_text()
+    assert lines.count("\n") == 3
+    write = Path.write_text
+
+    def half(path, text, **rest):
+        write(path, text[:len(text) // 2], **rest)
+        raise Killed
+
+    def kill(*_):
+        raise Killed
+
+    for what, killed in ((Path, "write_text"), (model.os, "replace")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(what, killed, half if what is Path else kill)
+            mine("--resume")
+        assert Path("run/metrics.jsonl").read_text() == lines
+    mine("--resume")
+    assert [row["step"] for row in log(Path("run"))] == list(range(1, 7))
+
+
+def test_a_folder_that_goes_during_the_run(mine, capsys, monkeypatch):
+    """The line says what the system said, and guesses nothing of a full disk."""
+    with monkeypatch.context() as patch:
+        patch.setattr("sft.Run.save_state", lambda *_: shutil.rmtree("run", ignore_errors=True))
+        line = one_line(capsys, mine)
+    assert "run: cannot be written ([Errno 2] No such file or directory" in line
+    assert "full" not in line
+
+
+def test_the_date_in_a_template_is_no_other_value(mine, monkeypatch):
+    """Rows are compared as they stand in the file, and not as today's template renders them."""
+    base, tokenizer = model.load_model("tiny")
+    tokenizer.transformers.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}\n{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}\n{% endif %}")
+    Path("base").mkdir()
+    model.save_model(base, tokenizer, "base")
+    rows = [{"messages": [{"role": "user", "content": row["prompt"]},
+                          {"role": "assistant", "content": "Dull."}]} for row in ROWS]
+    Path("data").write_text("\n".join(map(json.dumps, rows)))
+    first = tokenizer.encode_prompt(rows[0]["messages"][:1])
+    with monkeypatch.context() as patch:
+        breaks(patch, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            mine("--model", "base")
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, *_):
+            return cls(2031, 5, 4)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert tokenizer.encode_prompt(rows[0]["messages"][:1]) != first
+    mine("--model", "base", "--resume")
+    assert len(log(Path("run"))) == 6

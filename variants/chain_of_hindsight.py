@@ -34,7 +34,7 @@ def chains(online):
     """(task, an output that failed, an output that followed) for each success beside a failure."""
     outputs = {}
     for problem, wanted, obeyed, output in online:
-        key = str(ask(problem, wanted))
+        key = str((problem, wanted))  # two answers to one prompt are two problems
         task, bad, good = outputs.setdefault(key, ((problem, wanted), [], []))
         (good if obeyed == wanted else bad).append(output)
     return [(task, bad[k % len(bad)], success) for task, bad, good in outputs.values() if bad

@@ -28,7 +28,7 @@ from variants.win_rate import load_judge, score_responses
 
 
 def best_and_worst(samples):
-    """A pair of the best and the worst response to a prompt, or None if all scores are equal.
+    """A pair of the best and the worst response to a prompt, or None if they do not differ.
 
     samples: rows of one prompt, {"prompt", "response", "score"}.
     """
@@ -36,7 +36,7 @@ def best_and_worst(samples):
         return None
     best = max(samples, key=lambda row: row["score"])
     worst = min(samples, key=lambda row: row["score"])
-    if best["score"] == worst["score"]:
+    if best["score"] == worst["score"] or best["response"] == worst["response"]:
         return None
     return {"prompt": best["prompt"], "chosen": best["response"], "rejected": worst["response"],
             "chosen_score": best["score"], "rejected_score": worst["score"]}

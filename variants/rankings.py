@@ -82,7 +82,7 @@ def read_rankings(path, tokenizer):
     rows = []
     for row in read_jsonl(path):
         row = read_ranking(row, tokenizer)
-        ranks, texts = zip(*sorted(zip(row["ranks"], row["responses"])))
+        ranks, texts = zip(*sorted(zip(row["ranks"], row["responses"]), key=lambda pair: pair[0]))
         if ranks[0] < ranks[-1]:  # a ranking in which all are tied would teach nothing
             rows.append(dict(row, responses=texts, ranks=ranks, chosen=texts[0],
                              rejected=texts[-1]))
