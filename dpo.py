@@ -266,8 +266,9 @@ def toy_grammatical(review):
 def toy_pairs(model, tokenizer, count, seed):
     """Pairs of the model's own samples, judged by a noisy human.
 
-    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. Samples
-    of a larger model often tie, so the best and the worst of eight are compared.
+    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. A text
+    that is no review is not judged: see "What keeps it steady" in docs/dpo.md. Samples of a larger
+    model often tie, so the best and the worst of eight are compared.
     """
     rng = random.Random(seed)
     prompts = rng.choices(toy_prompts(model.small), k=count)
@@ -281,13 +282,14 @@ def toy_pairs(model, tokenizer, count, seed):
             own.sort(key=toy_reward)
         a, b = own[0], own[-1]
         gap = toy_reward(b) - toy_reward(a)
-        if gap == 0 and not model.small:  # the human's choice would be a coin flip
-            continue
+        # Between equally good texts the human's choice would be a coin flip.
+        judged = all(map(toy_grammatical, own)) if model.small else gap > 0
         if rng.random() > 1 / (1 + math.exp(gap)):
             a, b = b, a
-        rows.append({"prompt": prompt, "chosen": a, "rejected": b})
-    if not model.small:
-        print(f"{len(prompts) - len(rows)} of {len(prompts)} pairs are ties, and left out")
+        if judged:
+            rows.append({"prompt": prompt, "chosen": a, "rejected": b})
+    reason = "a text is no review" if model.small else "both are equally good"
+    print(f"{len(prompts) - len(rows)} of {len(prompts)} pairs are not judged, since {reason}")
     return rows
 
 
@@ -432,9 +434,9 @@ def train(args):
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    # Adam divides by the typical size of a weight's gradient, so weights with tiny gradients move as
-    # fast as others. A larger eps slows them down: see "What keeps it steady" in docs/dpo.md.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=args.adam_eps,
+    # Adam divides by the typical size of a weight's gradient, so weights with tiny gradients move
+    # as fast as others. A larger eps slows them: see "What keeps it steady" in docs/dpo.md.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=args.adam_eps,
                                   weight_decay=0.0, fused=True)
     start = run.load_state(model, optimizer)["step"]
 
@@ -504,7 +506,7 @@ def train(args):
 
 
 # Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (6e-4, 3e-5, 1e-5), "batch_size": (64, 8, 32), "pairs": (8192, 160, None),
+DEFAULTS = {"lr": (6e-4, 3e-5, 1e-5), "batch_size": (48, 8, 32), "pairs": (6144, 160, None),
             "adam_eps": (1e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
 
 

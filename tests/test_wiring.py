@@ -163,10 +163,10 @@ def batches(rows, a):
     return result[:getattr(a, "steps", None)]
 
 
-def learn(a, model, plan, lesson, betas=(0.9, 0.95), eps=1e-8):
+def learn(a, model, plan, lesson, eps=1e-8):
     """(lines of metrics.jsonl, model). lesson(batch) gives the loss and other numbers of each row.
     Below 20 steps the warm-up is one step."""
-    optimizer, expected = ADAMW(model.parameters(), betas=betas, eps=eps), []
+    optimizer, expected = ADAMW(model.parameters(), eps=eps), []
     for step, batch in enumerate(plan):
         rows = list(lesson(batch))
         optimizer.zero_grad()
@@ -234,8 +234,8 @@ def learn_pairs(a, calls):
             margin = numbers["rewards/chosen"] - numbers["rewards/rejected"]
             yield numbers | {"rewards/accuracy": margin > 1e-4}  # ties count as wrong
 
-    adam = ((0.9, 0.99), a.adam_eps) if a.loss in ("dpo", "ipo", "rdpo") else ((0.9, 0.95), 1e-8)
-    return learn(a, model, batches(split(PAIRS), a), lesson, *adam)
+    eps = a.adam_eps if a.loss in ("dpo", "ipo", "rdpo") else 1e-8
+    return learn(a, model, batches(split(PAIRS), a), lesson, eps)
 
 
 def learn_labels(a, calls):
@@ -263,7 +263,7 @@ def learn_labels(a, calls):
             yield {"loss": loss, "kl/mismatched": z, f"logps/{side}": logp,
                    f"rewards/{side}": a.beta * r}
 
-    return learn(a, model, batches(examples, a), lesson, (0.9, 0.99), a.adam_eps)
+    return learn(a, model, batches(examples, a), lesson, a.adam_eps)
 
 
 def learn_rankings(a, calls):

@@ -125,7 +125,7 @@ def train(args):
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   eps=args.adam_eps, fused=True)
     start = run.load_state(model, optimizer)["step"]
 
