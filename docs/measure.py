@@ -63,8 +63,6 @@ RUNS = {
     "dpo_lora": ("dpo.py --lora_rank 8 --lr 1e-3", THREE, 75),
     "iterated": ("-m lessons.rounds pairs", ALL, 450),
     "dpo_bad": ("dpo.py --beta 0.05 --lr 2e-3", ONE, 75),
-    "displaced": ("dpo.py --pairs 4352 --batch_size 32 --lr 5e-4 --adam_eps 1e-8 --seed 26", ONE,
-                  45),
     "simpo": ("simpo.py", EIGHT, 40),
     "rrhf": ("-m variants.rankings --loss rrhf", THREE, 40),
     "pro": ("-m variants.rankings --loss pro", THREE, 40),
@@ -400,13 +398,6 @@ def block_steady():
             rows.append([command_of(name), label, str(len(values)), f"{least:.2f}",
                          f"{statistics.median(values):.3f}", f"{min(values):.3f}"])
     return markdown(["command", "number", "seeds", "has to reach", "median", "worst"], rows)
-
-
-def block_displaced():
-    """The table of a run that has left the language."""
-    lines = stdout_of("displaced")
-    first = next(i for i, line in enumerate(lines) if re.fullmatch(r" +before +after", line))
-    return fenced(lines[first:lines.index("", first)])
 
 
 def block_pipeline():
