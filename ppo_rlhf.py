@@ -652,10 +652,8 @@ def train(args, reward=None):
     return columns["after"]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data. A larger
-# model writes long responses. With lambda 0.95 their first tokens would earn next to nothing at
-# first: 0.95^60 = 0.05.
-DEFAULTS = {"lr": (2e-4, 3e-5, 1e-5), "lam": (0.95, 1.0, 1.0), "samples": (128, 8, 8)}
+# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+DEFAULTS = {"lr": (2e-4, 3e-5, 1e-5), "samples": (128, 8, 8)}
 
 
 def make_parser(file, text, defaults):
@@ -687,7 +685,7 @@ def parse_args(argv=None):
          help="multiply beta after each step so that KL comes to this many nats; None: fixed beta")
     flag("--ppo_epochs", type="positive", default=4,
          help="passes over a step's samples, two updates each")
-    flag("--lam", type="fraction",
+    flag("--lam", type="fraction", default=1.0,
          help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network")
     flag("--ptx_data", help='JSON Lines file of {"text"}, also learnt from (PPO-ptx)')
     flag("--ptx_coef", type="amount", default=1.0, help="weight of the loss on --ptx_data")
