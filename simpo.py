@@ -353,7 +353,8 @@ def evaluate(policy, reference, tokenizer, test, args):
 
     after = columns["after"]
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
-        after["samples/win_rate"] = fmean((a < b) + (a == b) / 2 for a, b in zip(*qualities))
+        old, new = torch.tensor(qualities)  # (len(asked),) each
+        after["samples/win_rate"] = float(1 + (new - old).sign().mean()) / 2
 
     # The KL divergence is estimated with the policy's samples, which are those drawn last.
     groups = [[(prompt, response)] for prompt, response in zip(asked, responses)]
