@@ -9,7 +9,15 @@ from conftest import R, REF, v
 
 from dpo import dpo_loss, ipo_loss, rdpo_loss
 from hir import hir_loss, relabel
-from ppo_rlhf import (adapt_beta, gae, kl_estimates, policy_loss, token_rewards, value_loss, whiten)
+from ppo_rlhf import (
+    adapt_beta,
+    gae,
+    kl_estimates,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from reward_model import best_of_k_loss, calibration_error, ranking_loss
 from self_correct import find_pairs, pair_probabilities, similarity
 from sft import sft_loss
@@ -19,16 +27,27 @@ from variants.raft import best_of_n_log_ratio
 from variants.rankings import pro_loss, rrhf_loss
 
 LOG2 = math.log(2)
-# Every loss of a pair, of log-probs w, l, the reference's rw, rl, and lengths nw, nl.
+
+# Every loss of a pair. Each argument has two entries, for the chosen and the rejected response:
+# the policy's log-probs, the reference's log-probs, and the lengths.
 PAIR_LOSSES = {
-    "dpo": lambda w, l, rw, rl, nw, nl: dpo_loss(w, l, rw, rl, 0.5),
-    "cdpo": lambda w, l, rw, rl, nw, nl: dpo_loss(w, l, rw, rl, 0.5, 0.1),
-    "ipo": lambda w, l, rw, rl, nw, nl: ipo_loss(w, l, rw, rl, 0.3),
-    "rdpo": lambda w, l, rw, rl, nw, nl: rdpo_loss(w, l, rw, rl, nw, nl, 0.5, 0.05),
-    "simpo": lambda w, l, rw, rl, nw, nl: simpo_loss(w, l, nw, nl, 2.0, 1.0),
-    "cpo": lambda w, l, rw, rl, nw, nl: cpo_loss(w, l, 0.1, 0.7),
-    "orpo": lambda w, l, rw, rl, nw, nl: orpo_loss(w, l, nw, nl, 0.3),
-    "slic": lambda w, l, rw, rl, nw, nl: slic_loss(w, l, 1.0, 0.7)}
+    "dpo": lambda policy, reference, lengths:
+        dpo_loss(*policy, *reference, beta=0.5),
+    "cdpo": lambda policy, reference, lengths:
+        dpo_loss(*policy, *reference, beta=0.5, label_smoothing=0.1),
+    "ipo": lambda policy, reference, lengths:
+        ipo_loss(*policy, *reference, tau=0.3),
+    "rdpo": lambda policy, reference, lengths:
+        rdpo_loss(*policy, *reference, *lengths, beta=0.5, alpha=0.05),
+    "simpo": lambda policy, reference, lengths:
+        simpo_loss(*policy, *lengths, beta=2.0, gamma=1.0),
+    "cpo": lambda policy, reference, lengths:
+        cpo_loss(*policy, beta=0.1, lam=0.7),
+    "orpo": lambda policy, reference, lengths:
+        orpo_loss(*policy, *lengths, lam=0.3),
+    "slic": lambda policy, reference, lengths:
+        slic_loss(*policy, delta=1.0, lam=0.7),
+}
 RANKED_LOSSES = {"rrhf": rrhf_loss, "pro": pro_loss}
 ALL = torch.ones(1, 3, dtype=torch.bool)
 
@@ -39,214 +58,406 @@ def row(*values, grad=False):
 
 
 def pair(h):
-    """Four (1,) log-probs whose log-ratio difference is h, with gradients."""
-    return [v(x, grad=True) for x in (-10.0 + h, -12.0, -10.0, -12.0)]
+    """Four (1,) log-probs whose log-ratio difference is h, with gradients.
+
+    Their order is policy chosen, policy rejected, reference chosen, reference rejected.
+    """
+    logps = (-10.0 + h, -12.0, -10.0, -12.0)
+    return [v(x, grad=True) for x in logps]
+
+
+# ---------------------------------------------------------------------- supervised fine-tuning
 
 
 @pytest.mark.parametrize("normalizer, expected", [(None, 1.25), (2, 2.5)])
 def test_sft_token_mean(normalizer, expected):
-    """Lengths 1 and 3, NLL (2), (1, 1, 1): 5 / 4, not the mean of means 1.5. Each response token
-    has the gradient -1 / N; prompt and padding have 0."""
+    """The loss is a mean over tokens, not over responses.
+
+    The lengths are 1 and 3, the NLLs (2) and (1, 1, 1): 5 / 4, not the mean of means 1.5. Each
+    response token has the gradient -1 / N. The prompt and the padding have 0.
+    """
     logps = torch.tensor([[-2.0, -7.0, -7.0], [-1.0, -1.0, -1.0]], requires_grad=True)
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+
     loss = sft_loss(logps, mask, normalizer)
     loss.backward()
+
+    tokens = normalizer or 4
     assert loss.item() == pytest.approx(expected, abs=1e-6)
-    assert torch.allclose(logps.grad, -mask / (normalizer or 4), atol=1e-7)
+    assert torch.allclose(logps.grad, -mask / tokens, atol=1e-7)
 
 
-@pytest.mark.parametrize("h, beta, e, expected, slope", [
-    (0.0, 0.1, 0.0, LOG2, 0.05), (0.0, 0.1, 0.1, LOG2, 0.04),
-    (10.0, 0.1, 0.0, 0.313262, 0.1 / (1 + math.e)), (math.log(9) / 0.1, 0.1, 0.1, 0.325083, 0.0)])
-def test_dpo_values_and_gradients(h, beta, e, expected, slope):
-    """log 2 at the start; softplus(-1) at beta h = 1; cDPO at its optimum is the entropy H(0.1).
-    Gradients are -+ beta (sigma(-beta h) - e): 0 for cDPO at beta h = log((1 - e) / e)."""
+# ---------------------------------------------------------- losses of a pair, with a reference
+
+
+@pytest.mark.parametrize("h, beta, smoothing, expected, slope", [
+    (0.0, 0.1, 0.0, LOG2, 0.05),
+    (0.0, 0.1, 0.1, LOG2, 0.04),
+    (10.0, 0.1, 0.0, 0.313262, 0.1 / (1 + math.e)),
+    (math.log(9) / 0.1, 0.1, 0.1, 0.325083, 0.0),
+])
+def test_dpo_values_and_gradients(h, beta, smoothing, expected, slope):
+    """The loss is log 2 at the start and softplus(-1) at beta h = 1.
+
+    The gradients are -+ beta (sigma(-beta h) - e), where e is the label smoothing. For cDPO they
+    are 0 at beta h = log((1 - e) / e), its optimum, where the loss is the entropy H(0.1).
+    """
     inputs = pair(h)
-    loss = dpo_loss(*inputs, beta, e)
+    chosen, rejected = inputs[:2]
+
+    loss = dpo_loss(*inputs, beta, smoothing)
     loss.sum().backward()
+
     assert loss.item() == pytest.approx(expected, abs=1e-6)
-    assert inputs[0].grad.item() == pytest.approx(-slope, abs=1e-9)
-    assert inputs[1].grad.item() == pytest.approx(slope, abs=1e-9)
+    assert chosen.grad.item() == pytest.approx(-slope, abs=1e-9)
+    assert rejected.grad.item() == pytest.approx(slope, abs=1e-9)
 
 
 def test_ipo_values_and_gradient():
-    """tau 0.1: 25 and slope -10 at the start; zero at h = 5."""
-    inputs = pair(0.0)
-    loss = ipo_loss(*inputs, 0.1)
+    """With tau = 0.1 the start has the loss 25 and the slope -10. The loss is zero at h = 5."""
+    start = pair(0.0)
+    chosen = start[0]
+
+    loss = ipo_loss(*start, tau=0.1)
     loss.sum().backward()
+
     assert loss.item() == pytest.approx(25.0, abs=1e-6)
-    assert inputs[0].grad.item() == pytest.approx(-10.0, abs=1e-6)
-    assert ipo_loss(*pair(5.0), 0.1).item() == pytest.approx(0.0, abs=1e-12)
+    assert chosen.grad.item() == pytest.approx(-10.0, abs=1e-6)
+
+    optimum = ipo_loss(*pair(5.0), tau=0.1)
+    assert optimum.item() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_rdpo_sign():
-    """Lengths 10 and 6, alpha 0.05 at the start: 0.598139; the misprinted minus gives 0.798139."""
-    assert rdpo_loss(*pair(0.0), v(10), v(6), 0.1, 0.05).item() == pytest.approx(.598139, abs=1e-6)
+    """Lengths 10 and 6 and alpha 0.05 give 0.598139 at the start.
+
+    The minus that is a misprint gives 0.798139.
+    """
+    loss = rdpo_loss(*pair(0.0), v(10), v(6), beta=0.1, alpha=0.05)
+    assert loss.item() == pytest.approx(0.598139, abs=1e-6)
 
 
 def test_kto_values():
-    """a = 2, z = 0.6, beta = 0.5: 0.331812 if desirable, 0.668188 if not."""
-    loss = kto_loss(v(-8, -8), v(-10, -10), torch.tensor([True, False]), v(0.6)[0], 0.5)
+    """With a = 2, z = 0.6, beta = 0.5 the loss is 0.331812 if desirable and 0.668188 if not."""
+    policy = v(-8, -8)
+    reference = v(-10, -10)
+    desirable = torch.tensor([True, False])
+    kl = v(0.6)[0]
+
+    loss = kto_loss(policy, reference, desirable, kl, beta=0.5)
+
     assert loss.tolist() == pytest.approx([0.331812, 0.668188], abs=1e-6)
 
 
 def test_kto_start_and_gradients():
-    """At the start half of lambda per item, slopes -+ lambda beta / 4: bad responses go down."""
+    """At the start each item costs half of its lambda.
+
+    The slopes are -+ lambda beta / 4, so that bad responses go down.
+    """
     policy = v(-3, -3, grad=True)
-    loss = kto_loss(policy, policy.detach(), torch.tensor([True, False]), v(0)[0], 0.1,
-                    lambda_desirable=1.5, lambda_undesirable=2.0)
+    reference = policy.detach()
+    desirable = torch.tensor([True, False])
+    kl = v(0)[0]
+    weights = {"lambda_desirable": 1.5, "lambda_undesirable": 2.0}
+
+    loss = kto_loss(policy, reference, desirable, kl, beta=0.1, **weights)
     loss.sum().backward()
+
+    slopes = [-1.5 * 0.1 / 4, 2.0 * 0.1 / 4]
     assert loss.tolist() == pytest.approx([0.75, 1.0], abs=1e-6)
-    assert policy.grad.tolist() == pytest.approx([-1.5 * 0.1 / 4, 2.0 * 0.1 / 4], abs=1e-7)
+    assert policy.grad.tolist() == pytest.approx(slopes, abs=1e-7)
+
+
+# ------------------------------------------------------- losses of a pair, without a reference
 
 
 def test_simpo_value_and_gradient():
-    """Sums (-6, -6), lengths (3, 6), beta 2, margin 1: the length divides value and gradient."""
-    w, l = v(-6, grad=True), v(-6, grad=True)
-    loss = simpo_loss(w, l, v(3), v(6), 2.0, 1.0)
+    """The length divides the value and the gradient.
+
+    The sums are (-6, -6), the lengths (3, 6), beta is 2 and the margin 1.
+    """
+    chosen = v(-6, grad=True)
+    rejected = v(-6, grad=True)
+
+    loss = simpo_loss(chosen, rejected, v(3), v(6), beta=2.0, gamma=1.0)
     loss.sum().backward()
+
     assert loss.item() == pytest.approx(3.048587, abs=1e-6)
-    assert w.grad.item() == pytest.approx(-0.635049, abs=1e-6)
-    assert l.grad.item() == pytest.approx(0.317525, abs=1e-6)
+    assert chosen.grad.item() == pytest.approx(-0.635049, abs=1e-6)
+    assert rejected.grad.item() == pytest.approx(0.317525, abs=1e-6)
 
 
 def test_cpo_value():
-    """Sums (-3, -4), beta .1: softplus(-.1) + 3; lam = 0 leaves the preference term."""
-    assert cpo_loss(v(-3), v(-4), 0.1).item() == pytest.approx(3.644397, abs=1e-6)
-    assert cpo_loss(v(-3), v(-4), 0.1, 0.0).item() == pytest.approx(0.644397, abs=1e-6)
+    """Sums (-3, -4) and beta 0.1 give softplus(-0.1) + 3.
+
+    With lam = 0 only the preference term is left.
+    """
+    chosen = v(-3)
+    rejected = v(-4)
+
+    both_terms = cpo_loss(chosen, rejected, beta=0.1)
+    preference = cpo_loss(chosen, rejected, beta=0.1, lam=0.0)
+
+    assert both_terms.item() == pytest.approx(3.644397, abs=1e-6)
+    assert preference.item() == pytest.approx(0.644397, abs=1e-6)
 
 
 def test_orpo_value():
-    """p = (.5, .25): odds 1 and 1/3, so log(4/3) by lam, plus log 2."""
-    w, l = v(math.log(0.5)), v(math.log(0.25))
-    assert orpo_loss(w, l, v(1), v(1)).item() == pytest.approx(0.721915, abs=1e-6)
-    odds = orpo_loss(w, l, v(1), v(1), 1.0) - orpo_loss(w, l, v(1), v(1), 0.0)
+    """The probabilities (1/2, 1/4) have the odds 1 and 1/3.
+
+    So the loss is log 2 plus lam times log(4/3).
+    """
+    chosen = v(math.log(0.5))
+    rejected = v(math.log(0.25))
+    length = v(1)
+
+    loss = orpo_loss(chosen, rejected, length, length)
+    assert loss.item() == pytest.approx(0.721915, abs=1e-6)
+
+    with_odds = orpo_loss(chosen, rejected, length, length, lam=1.0)
+    without_odds = orpo_loss(chosen, rejected, length, length, lam=0.0)
+    odds = with_odds - without_odds
     assert odds.item() == pytest.approx(0.287682, abs=1e-6)
 
 
 @pytest.mark.parametrize("x", [-2e-7, -1e-5, -1e-3, -0.5, -0.6931, -0.7, -3.0, -30.0, -200.0])
 def test_log1mexp_is_stable(x):
-    """log(1 - e^x) in fp32 near a float64 reference, down to x = -2e-7, with a finite gradient
-    (huggingface/trl#1491, hpcaitech/ColossalAI#6407)."""
+    """In fp32, log(1 - e^x) stays near a float64 reference, down to x = -2e-7.
+
+    Its gradient is finite (huggingface/trl#1491, hpcaitech/ColossalAI#6407).
+    """
     y = torch.tensor([x], requires_grad=True)
     value = log1mexp(y)
     value.sum().backward()
+
     exact = float(y.detach())  # what fp32 makes of x
-    truth = math.log(-math.expm1(exact)) if exact > -1 else math.log1p(-math.exp(exact))
-    assert value.item() == pytest.approx(truth, rel=1e-5, abs=1e-30)
+    if exact > -1:
+        truth = math.log(-math.expm1(exact))
+    else:
+        truth = math.log1p(-math.exp(exact))
     slope = math.exp(exact) / math.expm1(exact)
+
+    assert value.item() == pytest.approx(truth, rel=1e-5, abs=1e-30)
     assert y.grad.item() == pytest.approx(slope, rel=1e-4, abs=1e-30)
 
 
 def test_slic_value():
-    """Sums (-3, -2.5), margin 1: hinge 1.5; a pair that is apart by more has none."""
-    assert slic_loss(v(-3), v(-2.5), 1.0, 0.0).item() == pytest.approx(1.5)
-    assert slic_loss(v(-3), v(-2.5), 1.0, 1.0).item() == pytest.approx(4.5)
-    assert slic_loss(v(-3), v(-4.5), 1.0, 0.0).item() == 0
+    """Sums (-3, -2.5) and a margin of 1 give a hinge of 1.5.
+
+    A pair that is apart by more than the margin has none.
+    """
+    hinge = slic_loss(v(-3), v(-2.5), delta=1.0, lam=0.0)
+    both_terms = slic_loss(v(-3), v(-2.5), delta=1.0, lam=1.0)
+    far_apart = slic_loss(v(-3), v(-4.5), delta=1.0, lam=0.0)
+
+    assert hinge.item() == pytest.approx(1.5)
+    assert both_terms.item() == pytest.approx(4.5)
+    assert far_apart.item() == 0
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_pair_losses_gradients_and_shapes(name):
-    """The analytic gradient is the numeric one; (B,) in, (B,) out, each example on its own."""
-    w, l, rw, rl = -2 - 5 * torch.rand(4, 4, dtype=torch.float64)
-    nw, nl = torch.randint(1, 6, (2, 4)).double()
+    """The analytic gradient is the numeric one.
+
+    The loss takes (B,) and returns (B,), and each example stands on its own.
+    """
     loss = PAIR_LOSSES[name]
-    w.requires_grad_(), l.requires_grad_()
-    assert torch.autograd.gradcheck(lambda w, l: loss(w, l, rw, rl, nw, nl), (w, l))
-    whole = loss(w, l, rw, rl, nw, nl)
-    each = [loss(*(x[b:b + 1] for x in (w, l, rw, rl, nw, nl))) for b in range(4)]
-    assert whole.shape == (4,) and torch.allclose(whole, torch.cat(each))
+    logps = -2 - 5 * torch.rand(4, 4, dtype=torch.float64)
+    policy, reference = logps[:2], logps[2:]
+    lengths = torch.randint(1, 6, (2, 4)).double()
+
+    def of_policy(chosen, rejected):
+        return loss((chosen, rejected), reference, lengths)
+
+    chosen = policy[0].clone().requires_grad_()
+    rejected = policy[1].clone().requires_grad_()
+    assert torch.autograd.gradcheck(of_policy, (chosen, rejected))
+
+    whole = loss(policy, reference, lengths)
+    assert whole.shape == (4,)
+
+    for b in range(4):
+        one = slice(b, b + 1)
+        alone = loss(policy[:, one], reference[:, one], lengths[:, one])
+        assert alone.shape == (1,)
+        assert torch.allclose(whole[one], alone)
+
+
+# ------------------------------------------------------------------------- losses of a ranking
 
 
 def test_rrhf_value():
-    """Means (-1, -.5), the first better: .5; the SFT term is the best one's whole sum."""
-    y, n, mask = row(-4, -1), row(4, 2), torch.ones(1, 2, dtype=torch.bool)
-    assert rrhf_loss(y, n, row(2, 1), mask, 0.0).item() == pytest.approx(0.5)
-    assert rrhf_loss(y, n, row(2, 1), mask).item() == pytest.approx(4.5)
-    assert rrhf_loss(y, n, row(1, 2), mask, 0.0).item() == 0
-    assert rrhf_loss(y, n, row(1, 1), mask, 0.0).item() == 0  # a tie orders nothing
+    """The means are (-1, -0.5) and the first is better, so the hinge is 0.5.
+
+    The SFT term is the whole sum of the best one.
+    """
+    logps = row(-4, -1)
+    lengths = row(4, 2)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+
+    hinge = rrhf_loss(logps, lengths, row(2, 1), mask, sft_weight=0.0)
+    both_terms = rrhf_loss(logps, lengths, row(2, 1), mask)
+    in_order = rrhf_loss(logps, lengths, row(1, 2), mask, sft_weight=0.0)
+    tie = rrhf_loss(logps, lengths, row(1, 1), mask, sft_weight=0.0)
+
+    assert hinge.item() == pytest.approx(0.5)
+    assert both_terms.item() == pytest.approx(4.5)
+    assert in_order.item() == 0
+    assert tie.item() == 0  # a tie orders nothing
 
 
 @pytest.mark.parametrize("y, sft_weight, expected", [
-    (0, 0.0, 1.791759), (-1, 0.0, 2.244592), (-1, None, 2.244592 + 0.2), (-1, 1.0, 3.244592)])
+    (0, 0.0, 1.791759),
+    (-1, 0.0, 2.244592),
+    (-1, None, 2.244592 + 0.2),
+    (-1, 1.0, 3.244592),
+])
 def test_pro_values(y, sft_weight, expected):
-    """Means all 0: log 6. Means all -1 with scores (2, 1, 0): 2.244592. The SFT weight of K = 3 is
-    0.2 by default, of the best response's sum."""
-    loss = pro_loss(row(y, y, y), row(1, 1, 1), row(2, 1, 0), ALL, sft_weight)
+    """Means that are all 0 give log 6. Means of -1 with scores (2, 1, 0) give 2.244592.
+
+    The SFT weight of K = 3 is 0.2 by default, and it multiplies the best response's sum.
+    """
+    logps = row(y, y, y)
+    lengths = row(1, 1, 1)
+    scores = row(2, 1, 0)
+
+    loss = pro_loss(logps, lengths, scores, ALL, sft_weight)
+
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", RANKED_LOSSES)
 def test_ranked_losses_ignore_order_and_padding(name):
-    """The order of a row's responses means nothing, and what stands behind its end neither changes
-    the loss nor has a gradient. The analytic gradient is the numeric one."""
-    loss = RANKED_LOSSES[name]
-    y, n, s = row(-4, -9, -2), row(4, 5, 1), row(1, 3, 2)
-    plain = loss(y, n, s, ALL)
-    turn = [2, 0, 1]
-    assert torch.allclose(loss(y[:, turn], n[:, turn], s[:, turn], ALL), plain)
-    assert torch.autograd.gradcheck(lambda y: loss(y, n, s, ALL), row(-4, -9, -2, grad=True))
-    for garbage in (0.0, 1e9, math.nan):
-        def more(x, value):
-            return torch.cat([x, torch.full((1, 2), value, dtype=x.dtype)], 1)
+    """The order of a row's responses means nothing.
 
-        padded = more(y, garbage).requires_grad_()
-        again = loss(padded, more(n, 0), more(s, 9.0), more(ALL, False))
+    What stands behind the end of a row neither changes the loss nor has a gradient. The analytic
+    gradient is the numeric one.
+    """
+    loss = RANKED_LOSSES[name]
+    logps = row(-4, -9, -2)
+    lengths = row(4, 5, 1)
+    scores = row(1, 3, 2)
+    plain = loss(logps, lengths, scores, ALL)
+
+    turn = [2, 0, 1]
+    turned = loss(logps[:, turn], lengths[:, turn], scores[:, turn], ALL)
+    assert torch.allclose(turned, plain)
+
+    def of_logps(x):
+        return loss(x, lengths, scores, ALL)
+
+    assert torch.autograd.gradcheck(of_logps, row(-4, -9, -2, grad=True))
+
+    def pad(x, value):
+        padding = torch.full((1, 2), value, dtype=x.dtype)
+        return torch.cat([x, padding], 1)
+
+    for garbage in (0.0, 1e9, math.nan):
+        padded = pad(logps, garbage).requires_grad_()
+
+        again = loss(padded, pad(lengths, 0), pad(scores, 9.0), pad(ALL, False))
         again.sum().backward()
-        assert torch.allclose(again, plain) and (padded.grad[:, 3:] == 0).all()
+
+        assert torch.allclose(again, plain)
+        assert (padded.grad[:, 3:] == 0).all()
+
+
+# ------------------------------------------------------------------ losses of the reward model
 
 
 @pytest.mark.parametrize("rewards, ranks, expected", [
-    ((2, 1, 0), (1, 2, 3), 0.251150), ((2, 0, 1), (1, 3, 2), 0.251150),
-    ((5, 5, 5, 5), (4, 2, 1, 3), LOG2), ((1, 0), (1, 2), 0.313262), ((1, 0), (2, 1), 1.313262),
-    ((1, 0, 0), (1, 2, 2), 2 * 0.3132617 / 3), ((1, 0, 0), (1, 1, 1), 0), ((7,), (1,), 0)])
+    ((2, 1, 0), (1, 2, 3), 0.251150),
+    ((2, 0, 1), (1, 3, 2), 0.251150),  # the same, with the columns in another order
+    ((5, 5, 5, 5), (4, 2, 1, 3), LOG2),  # equal scores
+    ((1, 0), (1, 2), 0.313262),  # two responses: Bradley-Terry
+    ((1, 0), (2, 1), 1.313262),
+    ((1, 0, 0), (1, 2, 2), 2 * 0.3132617 / 3),  # one pair of three is tied
+    ((1, 0, 0), (1, 1, 1), 0),  # all are tied
+    ((7,), (1,), 0),  # one response
+])
 def test_ranking_loss_values(rewards, ranks, expected):
-    """(2, 1, 0) in any order of the columns; equal scores; two responses (Bradley-Terry); one pair
-    of three is tied: the others over C(3, 2) = 3. All tied, or one response: 0, not 0/0."""
+    """The sum over pairs that are not tied is divided by the number of all pairs, C(K, 2).
+
+    If all are tied, or if there is one response, the loss is 0, not 0/0.
+    """
     loss = ranking_loss(row(*rewards).double(), torch.tensor([ranks]))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_ranking_loss_gradient_and_shift():
-    """Equal scores of four: -1/4, -1/12, 1/12, 1/4; a constant added to all changes nothing."""
-    r = row(0, 0, 0, 0, grad=True)
-    ranking_loss(r, torch.tensor([[1, 2, 3, 4]])).sum().backward()
-    assert r.grad[0].tolist() == pytest.approx([-1 / 4, -1 / 12, 1 / 12, 1 / 4])
+    """Four equal scores have the gradient -1/4, -1/12, 1/12, 1/4.
+
+    A constant that is added to all scores changes nothing.
+    """
+    rewards = row(0, 0, 0, 0, grad=True)
+    ranking_loss(rewards, torch.tensor([[1, 2, 3, 4]])).sum().backward()
+    assert rewards.grad[0].tolist() == pytest.approx([-1 / 4, -1 / 12, 1 / 12, 1 / 4])
+
     ranks = torch.tensor([[2, 1, 3]])
-    assert torch.allclose(ranking_loss(row(1, 2, 3), ranks), ranking_loss(row(8, 9, 10), ranks))
+    loss = ranking_loss(row(1, 2, 3), ranks)
+    shifted = ranking_loss(row(8, 9, 10), ranks)
+    assert torch.allclose(loss, shifted)
 
 
 @pytest.mark.parametrize("garbage", [1e9, math.inf, -math.inf, math.nan])
 def test_ranking_loss_ignores_padding(garbage):
-    """K differs from prompt to prompt: what stands in the rest of a row changes no value and no
-    gradient (deepspeedai/DeepSpeedExamples#316)."""
-    r = torch.tensor([[2.0, 1.0, garbage, garbage], [0.0, 1.0, 2.0, 3.0]], requires_grad=True)
-    losses = ranking_loss(r, torch.tensor([[1, 2, 0, 0], [1, 2, 3, 4]]))
+    """K differs from prompt to prompt, so that some rows end in padding.
+
+    What stands there changes no value and no gradient (deepspeedai/DeepSpeedExamples#316).
+    """
+    rewards = torch.tensor(
+        [[2.0, 1.0, garbage, garbage], [0.0, 1.0, 2.0, 3.0]],
+        requires_grad=True,
+    )
+    ranks = torch.tensor([[1, 2, 0, 0], [1, 2, 3, 4]])
+
+    losses = ranking_loss(rewards, ranks)
     losses.sum().backward()
-    assert losses[0].item() == pytest.approx(0.313262, abs=1e-6) and losses[1] > 1
-    assert r.grad[0, 2:].tolist() == [0, 0] and torch.isfinite(r.grad).all()
+
+    assert losses[0].item() == pytest.approx(0.313262, abs=1e-6)
+    assert losses[1] > 1
+    assert rewards.grad[0, 2:].tolist() == [0, 0]
+    assert torch.isfinite(rewards.grad).all()
 
 
 def test_best_of_k_values():
-    """Equal scores of four: log 4 and its gradient; fewer responses by -inf."""
-    r = row(0, 0, 0, 0, grad=True)
-    loss = best_of_k_loss(r, torch.tensor([0]))
+    """Four equal scores have the loss log 4, and its gradient.
+
+    A prompt with fewer responses has -inf in the rest of its row.
+    """
+    rewards = row(0, 0, 0, 0, grad=True)
+    loss = best_of_k_loss(rewards, best=torch.tensor([0]))
     loss.sum().backward()
+
     assert loss.item() == pytest.approx(math.log(4), abs=1e-6)
-    assert r.grad[0].tolist() == pytest.approx([-0.75, 0.25, 0.25, 0.25])
-    r = row(0, 1, -math.inf, -math.inf, grad=True)
-    loss = best_of_k_loss(r, torch.tensor([1]))
+    assert rewards.grad[0].tolist() == pytest.approx([-0.75, 0.25, 0.25, 0.25])
+
+    rewards = row(0, 1, -math.inf, -math.inf, grad=True)
+    loss = best_of_k_loss(rewards, best=torch.tensor([1]))
     loss.sum().backward()
-    assert loss.item() == pytest.approx(0.313262, abs=1e-6) and torch.isfinite(r.grad).all()
+
+    assert loss.item() == pytest.approx(0.313262, abs=1e-6)
+    assert torch.isfinite(rewards.grad).all()
 
 
 def test_calibration_error():
-    """Pairs are drawn from the judge's own rates, so its error is near 0. A judge twice as sure
-    has a larger one. By hand: rates of 1/2 and 3/4, and both pairs won: (1/2 - 1/2, 3/4 - 1)."""
+    """Pairs are drawn from the judge's own rates, so its error is near 0.
+
+    A judge who is twice as sure has a larger error. Last, by hand: two pairs with the rates 1/2
+    and 3/4 are both won. The gaps are 1/2 - 1/2 and 3/4 - 1.
+    """
     margins = torch.randn(20000) * 2
-    margins = torch.where(torch.rand(20000) < margins.sigmoid(), margins, -margins)
-    assert calibration_error(margins) < 0.01 and calibration_error(2 * margins) > 0.05
-    assert calibration_error(torch.tensor([0.0, math.log(3)])) == pytest.approx(1 / 8, abs=1e-6)
+    won = torch.rand(20000) < margins.sigmoid()
+    margins = torch.where(won, margins, -margins)
+
+    assert calibration_error(margins) < 0.01
+    assert calibration_error(2 * margins) > 0.05
+
+    by_hand = torch.tensor([0.0, math.log(3)])
+    assert calibration_error(by_hand) == pytest.approx(1 / 8, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- PPO
 
 
 def lengths_mask(generator, B=6, T=9):
@@ -256,173 +467,347 @@ def lengths_mask(generator, B=6, T=9):
 
 
 def test_reward_stands_on_eos():
-    """The score on the last token of a full and of a short response, the penalty on every token,
-    nothing behind (huggingface/trl#1893)."""
-    logps, rho = torch.tensor([[-1.0, -2.0, -3.0]] * 2), torch.tensor([[-2.0, -2.0, -1.0]] * 2)
+    """The score stands on the last token of a full response and of a short one.
+
+    The penalty stands on every token, and nothing behind the end (huggingface/trl#1893).
+    """
+    scores = torch.tensor([10.0, 20.0])
+    logps = torch.tensor([[-1.0, -2.0, -3.0]] * 2)
+    reference = torch.tensor([[-2.0, -2.0, -1.0]] * 2)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    rewards = token_rewards(torch.tensor([10.0, 20.0]), logps, rho, mask, 0.5)
-    assert rewards.tolist() == [[-0.5, 0.0, 11.0], [-0.5, 20.0, 0.0]]
+
+    rewards = token_rewards(scores, logps, reference, mask, beta=0.5)
+
+    full, short = rewards.tolist()
+    assert full == [-0.5, 0.0, 11.0]
+    assert short == [-0.5, 20.0, 0.0]
 
 
 @pytest.mark.parametrize("lam, expected", [
-    (0.95, (0.46575, 0.385, 0.3)), (1.0, (0.5, 0.4, 0.3)), (0.0, (0.1, 0.1, 0.3))])
+    (0.95, (0.46575, 0.385, 0.3)),
+    (1.0, (0.5, 0.4, 0.3)),
+    (0.0, (0.1, 0.1, 0.3)),
+])
 def test_gae_values(lam, expected):
-    """R = (0, 0, 1), V = (.5, .6, .7): three lambdas; returns are advantages plus values. A value
-    behind the end is not bootstrapped from (alibaba/ROLL#447, natolambert/rlhf-book PR #216)."""
+    """The rewards are (0, 0, 1) and the values (0.5, 0.6, 0.7).
+
+    Returns are advantages plus values. A value behind the end is not bootstrapped from
+    (alibaba/ROLL#447, natolambert/rlhf-book PR #216).
+    """
+    mask = row(1, 1, 1, 0)
+
     for pad in (0.0, 100.0, math.nan):
-        advantages, returns = gae(row(0, 0, 1, pad), row(0.5, 0.6, 0.7, pad), row(1, 1, 1, 0),
-                                  1.0, lam)
+        rewards = row(0, 0, 1, pad)
+        values = row(0.5, 0.6, 0.7, pad)
+
+        advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=lam)
+
         assert advantages[0].tolist() == pytest.approx([*expected, 0], abs=1e-6)
         assert torch.equal(returns, advantages + row(0.5, 0.6, 0.7, 0))
 
 
 def test_whiten_values():
-    """(1, 2, 3): population variance; the mean may be kept; pads neither count nor matter."""
-    ones, root = torch.ones(1, 3), 1.224745
-    for shift, expected in ((True, [-root, 0, root]), (False, [2 - root, 2, 2 + root])):
-        assert whiten(row(1, 2, 3), ones, shift)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    """The values (1, 2, 3) are divided by the root of their population variance.
+
+    The mean may be kept. Pads neither count nor matter.
+    """
+    root = 1.224745
+    centred = [-root, 0, root]
+    mean_kept = [2 - root, 2, 2 + root]
+
+    for shift_mean, expected in ((True, centred), (False, mean_kept)):
+        white = whiten(row(1, 2, 3), torch.ones(1, 3), shift_mean)
+        assert white[0].tolist() == pytest.approx(expected, abs=1e-6)
+
         for garbage in (100.0, math.nan):
-            x, mask = row(1, 2, 3, garbage, garbage), torch.tensor([[1, 1, 1, 0, 0]])
-            white = whiten(x, mask, shift)[0].tolist()
-            assert white == pytest.approx([*expected, 0, 0], abs=1e-6)
+            padded = row(1, 2, 3, garbage, garbage)
+            mask = torch.tensor([[1, 1, 1, 0, 0]])
+
+            white = whiten(padded, mask, shift_mean)
+
+            assert white[0].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("A, ratio, expected, gradient", [
-    (1, 1.5, -1.2, 0), (1, 0.5, -0.5, -0.5), (-1, 1.5, 1.5, 1.5), (-1, 0.5, 0.8, 0)])
-def test_policy_loss_values(A, ratio, expected, gradient):
-    """The four corners: what helps is clipped and has no gradient, what hurts has both."""
+@pytest.mark.parametrize("advantage, ratio, expected, gradient", [
+    (1, 1.5, -1.2, 0),
+    (1, 0.5, -0.5, -0.5),
+    (-1, 1.5, 1.5, 1.5),
+    (-1, 0.5, 0.8, 0),
+])
+def test_policy_loss_values(advantage, ratio, expected, gradient):
+    """These are the four corners of the clipped objective.
+
+    A move that helps is clipped and has no gradient. A move that hurts costs its full price and
+    has a gradient.
+    """
     logps = row(math.log(ratio), grad=True)
-    loss = policy_loss(logps, row(0), row(A), torch.ones(1, 1), 0.2)
+    old_logps = row(0)
+    mask = torch.ones(1, 1)
+
+    loss = policy_loss(logps, old_logps, row(advantage), mask, clip=0.2)
     loss.backward()
+
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     assert logps.grad.item() == pytest.approx(gradient, abs=1e-6)
 
 
-@pytest.mark.parametrize("value, expected, gradient", [(1, 1.62, 0), (-1, 4.5, -3)])
+@pytest.mark.parametrize("value, expected, gradient", [
+    (1, 1.62, 0),
+    (-1, 4.5, -3),
+])
 def test_value_loss_values(value, expected, gradient):
-    """Old value 0, return 2. A value of 1: the clipped error (0.2 - 2)^2 / 2 is larger, and has no
-    gradient. A value of -1 moved away from the return: the full error, and a gradient."""
+    """The old value is 0 and the return is 2.
+
+    With a value of 1 the clipped error (0.2 - 2)^2 / 2 is larger, and has no gradient. A value of
+    -1 moved away from the return: it has the full error, and a gradient.
+    """
     values = row(value, grad=True)
-    loss = value_loss(values, row(0), row(2), torch.ones(1, 1), 0.2)
+    old_values = row(0)
+    returns = row(2)
+
+    loss = value_loss(values, old_values, returns, torch.ones(1, 1), clip=0.2)
     loss.backward()
+
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     assert values.grad.item() == pytest.approx(gradient)
 
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])
 def test_losses_are_token_means_that_ignore_padding(loss):
-    """By hand a mean over real tokens; garbage on pads changes neither value nor gradient; parts
-    divided by the tokens of the whole add up to it (huggingface/trl#2995)."""
-    g = torch.Generator().manual_seed(2)
-    mask = lengths_mask(g)
-    new, old, target = torch.randn(3, *mask.shape, generator=g, dtype=torch.float64) * 0.3
+    """The loss is a mean over real tokens, which is taken here by hand.
+
+    Garbage on pads changes neither value nor gradient. Parts that are divided by the tokens of the
+    whole add up to the whole (huggingface/trl#2995).
+    """
+    generator = torch.Generator().manual_seed(2)
+    mask = lengths_mask(generator)
+    data = torch.randn(3, *mask.shape, generator=generator, dtype=torch.float64) * 0.3
+    new, old, target = data
+
     x = new.clone().requires_grad_()
-    whole = loss(x, old, target, mask, 0.2)
+    whole = loss(x, old, target, mask, clip=0.2)
     whole.backward()
-    by_token = [loss(*(a[b:b + 1, t:t + 1] for a in (new, old, target)), torch.ones(1, 1), 0.2)
-                for b, t in mask.nonzero().tolist()]
-    assert whole.item() == pytest.approx(float(sum(by_token)) / len(by_token))
-    parts = [loss(new[i:i + 2], old[i:i + 2], target[i:i + 2], mask[i:i + 2], 0.2,
-                  normalizer=mask.sum()) for i in (0, 2, 4)]
-    assert float(sum(parts)) == pytest.approx(whole.item())
+
+    # The mean over tokens, one call per token.
+    by_token = []
+    for b, t in mask.nonzero().tolist():
+        token = data[:, b:b + 1, t:t + 1]  # new, old and target of this token
+        by_token.append(loss(*token, torch.ones(1, 1), clip=0.2))
+    mean = float(sum(by_token)) / len(by_token)
+    assert whole.item() == pytest.approx(mean)
+
+    # The same batch in three parts of two rows.
+    total = 0.0
+    for i in (0, 2, 4):
+        part = slice(i, i + 2)
+        total += loss(*data[:, part], mask[part], clip=0.2, normalizer=mask.sum())
+    assert float(total) == pytest.approx(whole.item())
+
     for garbage in (1e9, math.nan):
-        y, *rest = (a.masked_fill(~mask, garbage) for a in (new, old, target))
-        y.requires_grad_()
-        again = loss(y, *rest, mask, 0.2)
+        new, old, target = data.masked_fill(~mask, garbage)
+        y = new.clone().requires_grad_()
+
+        again = loss(y, old, target, mask, clip=0.2)
         again.backward()
-        assert again.item() == whole.item() and torch.equal(x.grad, y.grad)
+
+        assert again.item() == whole.item()
+        assert torch.equal(x.grad, y.grad)
 
 
-@pytest.mark.parametrize("kl, expected", [(12, 0.204), (6.6, 0.202), (0, 0.196), (6, 0.2)])
+@pytest.mark.parametrize("kl, expected", [
+    (12, 0.204),
+    (6.6, 0.202),
+    (0, 0.196),
+    (6, 0.2),
+])
 def test_adaptive_controller(kl, expected):
-    """beta .2, target 6: the error is clipped at 0.2 both ways."""
-    assert adapt_beta(0.2, kl, 6) == pytest.approx(expected, abs=1e-9)
+    """Beta is 0.2 and the target is 6. The error is clipped at 0.2 both ways."""
+    beta = adapt_beta(0.2, kl, target=6)
+    assert beta == pytest.approx(expected, abs=1e-9)
 
 
 def test_kl_estimates():
-    """Nats a response: a sum over its tokens, a mean over responses, nothing behind their ends."""
-    logps, rho = torch.full((2, 4), -1.0), torch.full((2, 4), -1.5)
+    """The estimates are in nats a response: a sum over its tokens, a mean over responses.
+
+    Nothing behind the ends of the responses counts.
+    """
+    logps = torch.full((2, 4), -1.0)
     logps[1, 2:] = math.nan
-    k1, k3 = kl_estimates(logps, rho, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    reference = torch.full((2, 4), -1.5)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+    k1, k3 = kl_estimates(logps, reference, mask)
+
+    k3_of_a_token = math.exp(-0.5) - 1 + 0.5
     assert k1.item() == pytest.approx(1.5)
-    assert k3.item() == pytest.approx(3 * (math.exp(-0.5) - 1 + 0.5), abs=1e-6)
+    assert k3.item() == pytest.approx(3 * k3_of_a_token, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------- best of n
 
 
 def test_best_of_n_against_enumeration():
-    """The exact KL of the best of four on the bandit; with continuous rewards it has its bound."""
-    pool = R.repeat_interleave((REF * 20).round().long())[None]  # (1, 20)
-    ratio = best_of_n_log_ratio(R[None], pool, 4)[0]
+    """On the bandit the best of four has its exact KL.
+
+    With continuous rewards the KL is equal to its bound.
+    """
+    counts = (REF * 20).round().long()
+    pool = R.repeat_interleave(counts)[None]  # (1, 20)
+    ratio = best_of_n_log_ratio(R[None], pool, n=4)[0]
     best = REF * ratio.exp()
+    kl = (best * ratio).sum()
+
     assert best.sum().item() == pytest.approx(1)
-    assert (best * ratio).sum().item() == pytest.approx(0.553158, abs=1e-6)
+    assert kl.item() == pytest.approx(0.553158, abs=1e-6)
+
     pool = torch.rand(1, 2000, dtype=torch.float64)
-    ratio = best_of_n_log_ratio(pool, pool, 4)
-    assert (ratio.exp() * ratio).mean().item() == pytest.approx(math.log(4) - 3 / 4, abs=2e-3)
+    ratio = best_of_n_log_ratio(pool, pool, n=4)
+    kl = (ratio.exp() * ratio).mean()
+    bound = math.log(4) - 3 / 4
+
+    assert kl.item() == pytest.approx(bound, abs=2e-3)
 
 
-@pytest.mark.parametrize("logps, e, expected", [
-    ((-1, -3), 0.0, 0.126928), ((-1, -3), 0.2, 0.526928),  # a gap of two
-    ((-4, -4), 0.0, LOG2), ((-4, -4), 0.2, LOG2), ((-4,) * 5, 0.2, math.log(5)),  # ignored
-    ((math.log(0.8), math.log(0.2)), 0.2, 0.500402),  # H(0.2), the least
-    ((math.log(0.5), math.log(0.3), math.log(0.2)), 0.2,  # 0.8 on the first, 0.1 on each other
-     -0.8 * math.log(0.5) - 0.1 * math.log(0.3) - 0.1 * math.log(0.2)),
-    ((-1,), 0.2, 0.0)])  # one instruction alone (FARL, Chain of Hindsight) has no contrast
-def test_hir_contrast(logps, e, expected):
-    """The contrast by itself, which alpha weighs, and the supervised term by itself."""
+# ------------------------------------------------------------ hindsight instruction relabeling
+
+
+@pytest.mark.parametrize("logps, smoothing, expected", [
+    # A gap of two.
+    ((-1, -3), 0.0, 0.126928),
+    ((-1, -3), 0.2, 0.526928),
+    # The instruction is ignored.
+    ((-4, -4), 0.0, LOG2),
+    ((-4, -4), 0.2, LOG2),
+    ((-4,) * 5, 0.2, math.log(5)),
+    # H(0.2), the least.
+    ((math.log(0.8), math.log(0.2)), 0.2, 0.500402),
+    # Smoothing puts 0.8 on the first and 0.1 on each other.
+    (
+        (math.log(0.5), math.log(0.3), math.log(0.2)),
+        0.2,
+        -0.8 * math.log(0.5) - 0.1 * math.log(0.3) - 0.1 * math.log(0.2),
+    ),
+    # One instruction alone (FARL, Chain of Hindsight) has no contrast.
+    ((-1,), 0.2, 0.0),
+])
+def test_hir_contrast(logps, smoothing, expected):
+    """The contrast, which alpha weighs, and the supervised term are each tested by themselves."""
     def loss(alpha):
-        return hir_loss(row(*logps).double(), v(0), alpha, 0.0, e, v(-5)).item()
+        batch = row(*logps).double()
+        return hir_loss(batch, v(0), alpha, 0.0, smoothing, v(-5)).item()
 
-    assert loss(0.0) == pytest.approx(-(1 - e) * logps[0] + e * 5, abs=1e-9)
-    assert loss(1.0) - loss(0.0) == pytest.approx(expected, abs=1e-6)
-    assert loss(3.0) - loss(0.0) == pytest.approx(3 * expected, abs=1e-5)
+    supervised = loss(0.0)
+    by_hand = -(1 - smoothing) * logps[0] + smoothing * 5
+    assert supervised == pytest.approx(by_hand, abs=1e-9)
+
+    assert loss(1.0) - supervised == pytest.approx(expected, abs=1e-6)
+    assert loss(3.0) - supervised == pytest.approx(3 * expected, abs=1e-5)
 
 
 def test_hir_gradients():
-    """L_sup: -1; L_con: share - 1, with smoothing 0 at a share of 1 - e; the entropy: -beta."""
-    logps, entropy = v(-1, -3, grad=True), v(1.5, grad=True)
-    hir_loss(logps[None], entropy, 1.0, 0.001, 0.0).sum().backward()
+    """Each term has its own gradient.
+
+    L_sup has -1 and L_con has share - 1. The entropy has -beta. With smoothing e the gradient of
+    L_con is 0 at a share of 1 - e.
+    """
+    logps = v(-1, -3, grad=True)
+    entropy = v(1.5, grad=True)
+
+    loss = hir_loss(logps[None], entropy, alpha=1.0, beta=0.001, label_smoothing=0.0)
+    loss.sum().backward()
+
     share = math.exp(-1) / (math.exp(-1) + math.exp(-3))
     assert logps.grad.tolist() == pytest.approx([-1 - (1 - share), 1 - share])
     assert entropy.grad.item() == pytest.approx(-0.001)
-    logps, vocabulary = v(math.log(0.8), math.log(0.2), grad=True), v(-6, grad=True)
-    hir_loss(logps[None], v(1.5), 1.0, 0.001, 0.2, vocabulary).sum().backward()
-    assert logps.grad.tolist() == pytest.approx([-0.8, 0]) and vocabulary.grad.item() == -0.2
+
+    # With smoothing.
+    logps = v(math.log(0.8), math.log(0.2), grad=True)
+    vocabulary = v(-6, grad=True)
+
+    loss = hir_loss(logps[None], v(1.5), 1.0, 0.001, 0.2, vocabulary)
+    loss.sum().backward()
+
+    assert logps.grad.tolist() == pytest.approx([-0.8, 0])
+    assert vocabulary.grad.item() == -0.2
 
 
 def test_relabeling_is_idempotent_and_keeps_what_was_followed():
-    """For each instruction and each thing that an output can do; {} obeys nothing."""
-    choices = {"length": ["short", "long"], "mood": ["kind", "bad"], "topic": ["plot", "cast"]}
-    everything = [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
+    """This holds for each instruction and each thing that an output can do. {} obeys nothing."""
+    choices = {
+        "length": ["short", "long"],
+        "mood": ["kind", "bad"],
+        "topic": ["plot", "cast"],
+    }
+    everything = []
+    for values in itertools.product(*choices.values()):
+        everything.append(dict(zip(choices, values)))
+
     for wanted in (everything[0], everything[-1], {"length": "long"}, {}):
         for done in [*everything, {}]:
             obeyed = relabel(wanted, done)
             assert relabel(obeyed, done) == obeyed
-            assert obeyed == ({key: done[key] for key in wanted} if done else {})
-    assert relabel({"answer": "correct"}, {"answer": "wrong"}) == {"answer": "wrong"}
+
+            expected = {key: done[key] for key in wanted} if done else {}
+            assert obeyed == expected
+
+    obeyed = relabel({"answer": "correct"}, {"answer": "wrong"})
+    assert obeyed == {"answer": "wrong"}
+
+
+# ----------------------------------------------------------------------------- self-correction
 
 
 @pytest.mark.parametrize("alpha, beta, expected", [
-    (1, 0, (0.622459, 0.377541)), (1, 1, (0.5, 0.5)), (0, 0, (0.5, 0.5)),
-    (0, 2, (0.268941, 0.731059)), (1000, 0, (1, 0)), (0, -1e4, (1, 0))])
+    (1, 0, (0.622459, 0.377541)),
+    (1, 1, (0.5, 0.5)),
+    (0, 0, (0.5, 0.5)),
+    (0, 2, (0.268941, 0.731059)),
+    (1000, 0, (1, 0)),
+    (0, -1e4, (1, 0)),
+])
 def test_pair_probabilities(alpha, beta, expected):
-    """Improvements (1, .5) and proximities (.5, 1) of two corrections of one answer. Large weights
-    do not overflow."""
-    p = pair_probabilities(v(1, 0.5), v(0.5, 1), torch.tensor([0, 0]), alpha, beta)
+    """Two corrections of one answer have improvements (1, 0.5) and proximities (0.5, 1).
+
+    Large weights do not overflow.
+    """
+    improvement = v(1, 0.5)
+    proximity = v(0.5, 1)
+    hypothesis = torch.tensor([0, 0])
+
+    p = pair_probabilities(improvement, proximity, hypothesis, alpha, beta)
+
     assert p.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_pairs_are_strictly_better():
-    """v = (0, 0, 1) has 2 pairs, v = (0, .5, 1) has 3; from the worse to the better, not back."""
+    """The values (0, 0, 1) have two pairs, and (0, 0.5, 1) have three.
+
+    A pair goes from the worse answer to the better one, not back.
+    """
     assert find_pairs([0, 0, 1]) == [(0, 2), (1, 2)]
     assert find_pairs([0, 0.5, 1]) == [(0, 1), (0, 2), (1, 2)]
     assert find_pairs([1, 0]) == [(1, 0)]
-    assert find_pairs([0.5, 0.5]) == find_pairs([1]) == find_pairs([]) == []
+
+    assert find_pairs([0.5, 0.5]) == []
+    assert find_pairs([1]) == []
+    assert find_pairs([]) == []
 
 
 @pytest.mark.parametrize("a, b, expected", [
-    ("a b c d", "a b c d", 1), ("a b c d", "a x c d", 3 / 4), ("a b c d", "b c d", 3 / 4),
-    ("a b", "c d e f", 0), ("", "", 1), ("", "a", 0), ("kitten sitting", "sitting kitten", 0),
-    ("a b c", "a b c d e f", 1 / 2), (" a  b\n", "a b", 1)])
+    ("a b c d", "a b c d", 1),
+    ("a b c d", "a x c d", 3 / 4),
+    ("a b c d", "b c d", 3 / 4),
+    ("a b", "c d e f", 0),
+    ("", "", 1),
+    ("", "a", 0),
+    ("kitten sitting", "sitting kitten", 0),
+    ("a b c", "a b c d e f", 1 / 2),
+    (" a  b\n", "a b", 1),
+])
 def test_similarity_is_one_minus_the_edit_distance_in_words(a, b, expected):
-    """Over the longer one's number of words; symmetric."""
-    assert similarity(a, b) == similarity(b, a) == pytest.approx(expected)
+    """The distance is divided by the longer text's number of words. It is symmetric."""
+    forward = similarity(a, b)
+    backward = similarity(b, a)
+
+    assert forward == backward
+    assert forward == pytest.approx(expected)
