@@ -53,7 +53,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, tau):
-    """IPO, Azar et al. 2023 (arXiv:2310.12036v2), Eq. (17): h is drawn to 1 / (2 tau)."""
+    """IPO, Azar et al. 2023 (arXiv:2310.12036v2), Eq. (17): h should be 1 / (2 tau)."""
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
     return (h - 1 / (2 * tau)) ** 2
 
@@ -266,9 +266,10 @@ def toy_grammatical(review):
 def toy_pairs(model, tokenizer, count, seed):
     """Pairs of the model's own samples, judged by a noisy human.
 
-    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. A text
-    that is no review is not judged: see "What keeps it steady" in docs/dpo.md. Samples of a larger
-    model often tie, so the best and the worst of eight are compared.
+    The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. A small
+    model's pairs with a text that is no review are left out: see "What keeps it steady" in
+    docs/dpo.md. Samples of a larger model often tie, so the best and the worst of eight are
+    compared, and ties are left out.
     """
     rng = random.Random(seed)
     prompts = rng.choices(toy_prompts(model.small), k=count)
@@ -282,7 +283,6 @@ def toy_pairs(model, tokenizer, count, seed):
             own.sort(key=toy_reward)
         a, b = own[0], own[-1]
         gap = toy_reward(b) - toy_reward(a)
-        # Between equally good texts the human's choice would be a coin flip.
         judged = all(map(toy_grammatical, own)) if model.small else gap > 0
         if rng.random() > 1 / (1 + math.exp(gap)):
             a, b = b, a
@@ -325,22 +325,23 @@ def yardstick(rewards, policy, reference, beta):
     of the policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q. A standard error (se) is the SD over
-    200 bootstrap draws: all is computed again from n of the n samples, drawn with replacement.
+    200 bootstraps: all is computed again from n draws of each n samples, with replacement.
     """
     P, n = len(rewards), rewards.shape[1] // 2
-    seed = torch.Generator().manual_seed(0)
-    draws = torch.randint(n, (201, P, 2, n), generator=seed) + torch.tensor([[0], [n]])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(n, (201, P, 2, n), generator=generator) + torch.tensor([[0], [n]])
     draws[0] = torch.arange(2 * n).view(2, n)  # the first "draw" is the samples themselves
     draws = draws.flatten(2)  # (201, P, 2n)
     rewards, policy, reference = (
         x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, policy, reference))
     log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
     x = log_weights + rewards / beta  # (201, P, 2n)
+    # The mean of 2n weights pi_ref / q is the sum of 2n weights pi_ref / (2 q), divided by n.
     optimum = beta * (x.logsumexp(2) - math.log(n)).mean(1)  # (201,)
     start = rewards[:, :, :n].mean((1, 2))  # (201,)
     now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
-    share = (now - start) / (optimum - start)  # (201,)
-    # The error of J* is about beta / sqrt(effective_samples), of all prompts together.
+    way = (now - start) / (optimum - start)  # (201,)
+    # Over all prompts: the error of J* is about beta / sqrt(effective_samples).
     effective_samples = P**2 / x[0].softmax(1).square().sum()
     numbers = {
         "J/reference": start[0], "J/policy": now[0], "J/effective_samples": effective_samples}
@@ -348,8 +349,8 @@ def yardstick(rewards, policy, reference, beta):
         numbers |= {
             "J/optimum": optimum[0],
             "J/optimum_se": optimum[1:].std(),
-            "J/share_of_the_way": share[0],
-            "J/share_se": share[1:].std()}
+            "J/share_of_the_way": way[0],
+            "J/share_se": way[1:].std()}
     return {key: float(value) for key, value in numbers.items()}
 
 
@@ -391,7 +392,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
         old, new = rewards  # (P, n) each
         after["samples/win_rate"] = float(1 + (new - old).sign().mean()) / 2
-        if policy.small and args.beta:  # a larger model has too few samples for J*
+        if policy.small and args.beta:  # larger models have too few samples by default
             rewards = torch.cat(rewards, 1)  # (P, 2n)
             after |= yardstick(rewards, policy_logps.flatten(1), reference_logps.flatten(1),
                                args.beta)
@@ -428,7 +429,7 @@ def train(args):
     # 3. The reference's log-probs of all pairs, computed while the policy still is the reference.
     reference_logps = group_logps(model, pairs, args.max_tokens)  # (pairs, 2)
 
-    # 4. Batches: each epoch visits all pairs in a new order.
+    # 4. Batches (each epoch visits all pairs in a new order), optimizer, and perhaps a saved state.
     steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     batches = []
     while len(batches) < steps:
@@ -505,7 +506,7 @@ def train(args):
     return columns["after"]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = {"lr": (6e-4, 3e-5, 1e-5), "batch_size": (48, 8, 32), "pairs": (6144, 160, None),
             "adam_eps": (1e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
 

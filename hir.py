@@ -464,7 +464,7 @@ def train(args):
     return after["after"]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = {"lr": (4e-3, 1e-5, 1e-5)}
 
 

@@ -13,7 +13,7 @@ over these responses, in minibatches, with the loss
 
     loss = -mean_t min(q_t A_t, clip(q_t, 1 - e, 1 + e) A_t),   q_t = pi(y_t) / pi_old(y_t)
 
-where pi_old is the policy that drew the responses, so q_t is 1 at first.  Schulman et al., Eq. (7)
+This is Eq. (7) of Schulman et al. pi_old is the policy that drew the responses: q_t is 1 at first.
 
     python ppo_rlhf.py                               # toy: reviews, rewarded for friendly words
     python ppo_rlhf.py --beta 0                      # without a penalty the policy hacks the reward
@@ -359,8 +359,8 @@ def load_prompts(tokenizer, small, args):
 def load_reward(reference, tokenizer, prompts, args):
     """A function (prompts, texts) -> scores (B,): the toy's true reward, or a reward model's.
 
-    A reward model's scores become (score - mean) / SD over those of 256 samples of the reference
-    that end. So beta and --missing_eos_score mean the same for all reward models.
+    A reward model's scores become (score - mean) / SD, with mean and SD of those among 256 samples
+    of the reference that end. So beta and --missing_eos_score mean the same for all reward models.
     """
     if not args.reward_model:
         if args.data:
@@ -398,7 +398,7 @@ def load_reward(reference, tokenizer, prompts, args):
 def answer(policy, tokenizer, prompts, seed, args):
     """A response to each of B prompts: sequences, texts, and whether each ended (B,)."""
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    mine = share(asked)  # with torchrun, each process answers its share of the prompts
+    mine = share(asked)  # with torchrun, prompts are dealt to the processes in turn
     drawn = []
     if mine:
         drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK,
@@ -412,7 +412,7 @@ def rollout(policy, reward, tokenizer, prompts, n, seed, args):
     """Sample n responses to each of P prompts: B = P*n sequences, scores (P, n), texts, metrics.
 
     A response that did not end scores --missing_eos_score, since nobody knows how it would have
-    gone on. (In the toy a larger model hardly ever ends in time, so there it is scored as it is.)
+    gone on. (Larger models without --reward_model hardly ever end in time: scored as they are.)
     """
     prompts = [prompt for prompt in prompts for _ in range(n)]  # B
     sequences, texts, ended = answer(policy, tokenizer, prompts, seed, args)
@@ -442,22 +442,23 @@ def yardstick(rewards, policy, reference, beta):
     of the policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q. A standard error (se) is the SD over
-    200 bootstrap draws: all is computed again from n of the n samples, drawn with replacement.
+    200 bootstraps: all is computed again from n draws of each n samples, with replacement.
     """
     P, n = len(rewards), rewards.shape[1] // 2
-    seed = torch.Generator().manual_seed(0)
-    draws = torch.randint(n, (201, P, 2, n), generator=seed) + torch.tensor([[0], [n]])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(n, (201, P, 2, n), generator=generator) + torch.tensor([[0], [n]])
     draws[0] = torch.arange(2 * n).view(2, n)  # the first "draw" is the samples themselves
     draws = draws.flatten(2)  # (201, P, 2n)
     rewards, policy, reference = (
         x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, policy, reference))
     log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
     x = log_weights + rewards / beta  # (201, P, 2n)
+    # The mean of 2n weights pi_ref / q is the sum of 2n weights pi_ref / (2 q), divided by n.
     optimum = beta * (x.logsumexp(2) - math.log(n)).mean(1)  # (201,)
     start = rewards[:, :, :n].mean((1, 2))  # (201,)
     now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
-    share = (now - start) / (optimum - start)  # (201,)
-    # The error of J* is about beta / sqrt(effective_samples), of all prompts together.
+    way = (now - start) / (optimum - start)  # (201,)
+    # Over all prompts: the error of J* is about beta / sqrt(effective_samples).
     effective_samples = P**2 / x[0].softmax(1).square().sum()
     numbers = {
         "J/reference": start[0], "J/policy": now[0], "J/effective_samples": effective_samples}
@@ -465,8 +466,8 @@ def yardstick(rewards, policy, reference, beta):
         numbers |= {
             "J/optimum": optimum[0],
             "J/optimum_se": optimum[1:].std(),
-            "J/share_of_the_way": share[0],
-            "J/share_se": share[1:].std()}
+            "J/share_of_the_way": way[0],
+            "J/share_se": way[1:].std()}
     return {key: float(value) for key, value in numbers.items()}
 
 
@@ -491,7 +492,7 @@ def evaluate(policy, reference, reward, tokenizer, prompts, args):
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
         old, new = (torch.tensor([*map(toy_reward, own)]) for own in texts)  # (P*n,) each
         after["samples/win_rate"] = float(1 + (new - old).sign().mean()) / 2
-    if args.beta:
+    if args.beta:  # J at the beta that was asked for, also with --kl_target
         after |= yardstick(torch.cat(scores, 1), policy_logps, reference_logps, args.beta)
     samples = [{"prompt": prompt, "before": old, "after": new}
                for prompt, old, new in zip(prompts, *(own[::args.samples] for own in texts))]
@@ -519,10 +520,10 @@ class Batch(NamedTuple):
 
 
 def learn(networks, optimizer, batch, ptx, rng, args):
-    """The updates of a step: a few passes over the batch, each in two minibatches. Metrics.
+    """A step's updates: passes over the batch, in two minibatches each. Returns metrics.
 
-    A loss is a mean over the tokens of a minibatch. So it and its gradient are sums over the parts
-    that fit into memory.
+    A part's loss is divided by the tokens of the whole minibatch, so losses and gradients of the
+    parts add up to those of the minibatch.
     """
     policy, value = networks
     B, R = batch.mask.shape
@@ -548,9 +549,9 @@ def learn(networks, optimizer, batch, ptx, rng, args):
 
         # PPO-ptx (InstructGPT, Eq. 2): also the likelihood of texts like those of pretraining.
         texts = rng.choices(ptx, k=len(minibatch)) if ptx else []
-        tokens = sum(len(text) for _, text in texts)
+        ptx_tokens = sum(len(text) for _, text in texts)
         for example in share(texts):
-            ptx_part = -token_logps(policy, [example], len(example[1])).sum() / tokens
+            ptx_part = -token_logps(policy, [example], len(example[1])).sum() / ptx_tokens
             (args.ptx_coef * ptx_part).backward()
             seen[3] += ptx_part.detach()
 
@@ -600,8 +601,8 @@ def train(args, reward=None):
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in progress:
-        # 4. The rollout: sample n responses to each prompt, and score them. All random numbers of a
-        # step are a function of seed and step.
+        # 4. The rollout: sample n responses to each of P random prompts, and score them. All random
+        # numbers of a step are a function of seed and step. A state is saved before any update.
         rng = random.Random(f"{args.seed} {step}")
         asked = rng.choices(prompts, k=math.ceil(args.batch_size / args.n))  # P
         sequences, scores, _, row = rollout(policy, reward, tokenizer, asked, args.n,
@@ -626,7 +627,7 @@ def train(args, reward=None):
         batch = Batch(sequences, mask, logps, values, advantages, returns)
         row |= learn(networks, optimizer, batch, ptx, rng, args)
 
-        # 8. What to watch. If std_per_prompt is 0, the scores of a prompt's samples are all equal.
+        # 8. What to watch. std_per_prompt: the spread of scores among a prompt's n samples.
         k1, k3 = map(float, kl_estimates(logps, reference_logps, mask))
         unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)
         row |= {"step": step + 1,
@@ -652,7 +653,7 @@ def train(args, reward=None):
     return columns["after"]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = {"lr": (2e-4, 3e-5, 1e-5), "samples": (128, 8, 8)}
 
 

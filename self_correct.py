@@ -491,7 +491,7 @@ def train(args):
     return list(columns.values())[-1]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5)}
 
 

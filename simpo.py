@@ -460,7 +460,7 @@ def train(args):
     return columns["after"]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = {"lr": (3e-4, 3e-5, 1e-5), "batch_size": (32, 8, 32), "pairs": (2304, 256, None)}
 
 

@@ -192,7 +192,7 @@ def train(args):
     return columns["after"]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = dpo.DEFAULTS | {"lr": (5e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32)}
 
 

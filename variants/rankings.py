@@ -192,7 +192,7 @@ def train(args):
     return columns["after"]
 
 
-# Flags that are not given: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: below 10M parameters; above, in the toy; above, with --data.
 DEFAULTS = simpo.DEFAULTS | {"lr": (3e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32)}
 
 
