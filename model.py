@@ -380,7 +380,8 @@ class Tokenizer:
         text = self.transformers.decode([*self.encode("a"), *kept],
                                         clean_up_tokenization_spaces=False)[1:]
         if whole and cut:  # ends of sentences in Latin, Chinese, Hindi, Arabic and other scripts
-            text = text[:max(text.rfind(end) for end in ".!?…。！？．｡।॥؟۔։።။។") + 1]
+            ends = ".!?…。！？．｡।॥؟۔։።။។"
+            text = text[:max(map(text.rfind, ends)) + 1]
         return text
 
     def show(self, prompt, response):
