@@ -73,7 +73,7 @@ RUNS = {
     "coh": ("-m variants.chain_of_hindsight", THREE, 90),
     "hir_bad": ("hir.py --temperature 1", ONE, 130),
     "hindsight": ("-m lessons.hindsight", ALL, 4000),
-    "self_correct": ("self_correct.py", FIVE, 170),
+    "self_correct": ("self_correct.py", EIGHT, 170),
     "self_correct_none": ("self_correct.py --feedback none", THREE, 170),
     "self_correct_bad": ("self_correct.py --alpha 1", ONE, 170),
     "tiny": ("-m tiny.make", ALL, 500),
