@@ -32,12 +32,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
-                   new_parser, read_jsonl, read_row, save_model, share, split_by_prompt)
+                   mean_by_prompt, new_parser, read_jsonl, read_row, save_model, share,
+                   split_by_prompt, warn_of_few)
 
 # ---------------------------------------------------------------------------------- the losses
 # The first four inputs of each loss, all (B,): log-probs of whole responses, summed over their
 # tokens with EOS, in nats, under the policy and under the reference. Each loss returns (B,). They
-# are called in step 5 of `train`.
+# are called by `pair_loss`, in step 5 of `train`.
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta,
@@ -67,6 +68,20 @@ def rdpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_reject
     """
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
     return -F.logsigmoid(beta * h + alpha * (chosen_lengths - rejected_lengths))
+
+
+def pair_loss(logps, reference_logps, lengths, args):
+    """The loss that --loss names: (B,). The inputs are (B, 2): chosen, then rejected."""
+    chosen, rejected = logps.unbind(1)  # (B,) each, as all that follow
+    reference_chosen, reference_rejected = reference_logps.unbind(1)
+    chosen_lengths, rejected_lengths = lengths.unbind(1)
+    if args.loss == "dpo":
+        return dpo_loss(chosen, rejected, reference_chosen, reference_rejected,
+                        args.beta, args.label_smoothing)
+    if args.loss == "ipo":
+        return ipo_loss(chosen, rejected, reference_chosen, reference_rejected, args.beta)
+    return rdpo_loss(chosen, rejected, reference_chosen, reference_rejected,
+                     chosen_lengths, rejected_lengths, args.beta, args.alpha)
 
 
 # --------------------------------------------------------------------- log-probs of responses
@@ -275,6 +290,7 @@ def toy_pairs(model, tokenizer, count, seed):
     prompts = rng.choices(toy_prompts(model.small), k=count)
     k = 2 if model.small else 8
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
+    print(f"sampling {len(asked)} reviews for the human to judge")
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
     for i, prompt in enumerate(prompts):
@@ -350,19 +366,49 @@ def yardstick(rewards, policy, reference, beta):
             "J/optimum": optimum[0],
             "J/optimum_se": optimum[1:].std(),
             "J/share_of_the_way": way[0],
-            "J/share_se": way[1:].std()}
+            "J/share_of_the_way_se": way[1:].std()}
     return {key: float(value) for key, value in numbers.items()}
+
+
+def pair_metrics(losses, rewards, lengths, prompts, args):
+    """What a loss and its reward make of N pairs: means with standard errors (se).
+
+    losses: (N,), or None. rewards, lengths: (N, 2), of the chosen and the rejected response.
+    prompts: N.
+    """
+    margins, longer = (x[:, 0] - x[:, 1] for x in (rewards, lengths))  # (N,) each
+    right = (margins > 0).float()  # ties count as wrong
+    numbers = {} if losses is None else {"loss": losses}
+    numbers["rewards/margin"] = margins
+    if margins.any():  # before the training of DPO all rewards are 0, so they rank nothing
+        numbers["rewards/accuracy"] = right
+        if args.data:
+            # Is it only length? longer_chosen: the accuracy of "the longer one is the better one".
+            numbers |= {"pairs/longer_chosen": (longer > 0).float(),
+                        "rewards/accuracy_longer": right.where(longer > 0, math.nan),
+                        "rewards/accuracy_shorter": right.where(longer < 0, math.nan)}
+    return mean_by_prompt(numbers, prompts)
 
 
 def evaluate(policy, reference, tokenizer, test, prompts, args):
     """{"before": metrics of the reference, "after": of the policy}, and samples of both.
 
-    test: pairs, on which the implicit reward beta log pi/pi_ref is tried. prompts: P held-out ones.
+    test: rows of held-out pairs. prompts: P held-out ones, for samples.
     """
     P, n = len(prompts), args.samples
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
-    columns, rewards = {}, []
-    samples = [{"prompt": prompt} for prompt in prompts]
+    columns, rewards, samples = {}, [], [{"prompt": prompt} for prompt in prompts]
+    print(f"evaluating: {len(test)} pairs, then {n} samples of both models for {P} prompts")
+    pairs = [row["pair"] for row in test]
+    lengths = torch.tensor([[len(response) for _, response in pair] for pair in pairs])  # (N, 2)
+    policy_logps, reference_logps = (
+        group_logps(model, pairs, args.max_tokens) for model in (policy, reference))  # (N, 2) each
+    for name, logps in (("before", reference_logps), ("after", policy_logps)):
+        losses = None  # variants/kto.py has another kind of loss
+        if hasattr(args, "loss"):
+            losses = pair_loss(logps, reference_logps, lengths, args)  # (N,)
+        columns[name] = pair_metrics(losses, args.beta * (logps - reference_logps), lengths,
+                                     [row["prompt"] for row in test], args)
     groups = []  # each sample is a group alone: first those of the reference, then the policy's
     for name, model in (("before", reference), ("after", policy)):
         responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
@@ -370,7 +416,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
         texts = [tokenizer.decode(response) for response in responses]
         groups += [[example] for example in zip(asked, responses)]
         rewards.append(torch.tensor([toy_reward(text) for text in texts]).view(P, n))
-        columns[name] = {"samples/tokens": fmean(map(len, responses))}
+        columns[name]["samples/tokens"] = fmean(map(len, responses))
         if not args.data:
             columns[name]["samples/true_reward"] = float(rewards[-1].mean())
             if policy.small:
@@ -378,16 +424,11 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
         for row, text in zip(samples, texts[::n]):
             row[name] = text
 
-    # Does the implicit reward rank pairs that training has not seen? Ties count as wrong.
-    after = columns["after"]
-    log_ratios = (group_logps(policy, test, args.max_tokens)
-                  - group_logps(reference, test, args.max_tokens))  # (pairs, 2)
-    after["rewards/accuracy"] = float((log_ratios[:, 0] > log_ratios[:, 1]).float().mean())
-
     # Log-probs of the samples under both models: (2*P*n, 1) -> (2, P, n) -> (P, 2, n)
     policy_logps, reference_logps = (
         group_logps(model, groups, args.max_tokens).view(2, P, n).transpose(0, 1).double()
         for model in (policy, reference))
+    after = columns["after"]
     after["kl/policy_reference"] = float((policy_logps - reference_logps)[:, 1].mean())
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
         old, new = rewards  # (P, n) each
@@ -421,20 +462,27 @@ def train(args):
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
         rows = all_gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
-    rows, test_rows, held_out = split_by_prompt(encode_pairs(tokenizer, rows, args))
+    rows = encode_pairs(tokenizer, rows, args)
+    rows, test, held_out = split_by_prompt(rows, 256 if args.data else 16)
     pairs = [row["pair"] for row in rows]
-    test = [row["pair"] for row in test_rows]
     tokenizer.show(*pairs[0][0])
 
-    # 3. The reference's log-probs of all pairs, computed while the policy still is the reference.
-    reference_logps = group_logps(model, pairs, args.max_tokens)  # (pairs, 2)
-
-    # 4. Batches (each epoch visits all pairs in a new order), optimizer, and perhaps a saved state.
+    # 3. Batches: each epoch visits all pairs in a new order.
+    args.batch_size = args.batch_size or (8 if len(pairs) <= 2000 else 32)
     steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
+    warn_of_few(steps, args)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+
+    # 4. The reference's log-probs, computed while the policy still is the reference, and in the
+    # batches of the first epoch: so both are computed in the same way, and at step 1 they are equal
+    # to the last bit. Then the optimizer, and perhaps a saved state.
+    reference_logps = torch.zeros(len(pairs), 2)
+    first_epoch = batches[:min(steps, math.ceil(len(pairs) / args.batch_size))]
+    for batch in tqdm(first_epoch, "scoring the reference", leave=False, disable=None):
+        reference_logps[batch] = group_logps(model, [pairs[i] for i in batch], args.max_tokens)
     # Adam divides by the typical size of a weight's gradient, so weights with tiny gradients move
     # as fast as others. A larger eps slows them: see "What keeps it steady" in docs/dpo.md.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=args.adam_eps,
@@ -445,27 +493,17 @@ def train(args):
     for step in progress:
         # 5. The loss and its gradient, part by part.
         batch = batches[step]
-        seen = [torch.zeros(5, 0, device=model.device)]  # a process may have no part
+        seen = [torch.zeros(0, 5, device=model.device)]  # a process may have no part
         for part in share(split_batch([pairs[i] for i in batch], args.max_tokens)):
             part = [batch[i] for i in part]  # b indices into all pairs
             sequences = [sequence for i in part for sequence in pairs[i]]
-            logps, lengths = response_logps(model, sequences)  # (2b,) each
-            chosen, rejected = logps.view(-1, 2).unbind(1)  # (2b,) -> (b, 2) -> (b,) each
-            chosen_lengths, rejected_lengths = lengths.view(-1, 2).unbind(1)
-            reference_chosen, reference_rejected = reference_logps[part].to(model.device).unbind(1)
-            if args.loss == "dpo":
-                loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected,
-                                args.beta, args.label_smoothing)
-            elif args.loss == "ipo":
-                loss = ipo_loss(chosen, rejected, reference_chosen, reference_rejected,
-                                args.beta)
-            else:
-                loss = rdpo_loss(chosen, rejected, reference_chosen, reference_rejected,
-                                 chosen_lengths, rejected_lengths, args.beta, args.alpha)
+            # Log-probs and lengths of both responses: (2b,) -> (b, 2) each
+            logps, lengths = (x.view(-1, 2) for x in response_logps(model, sequences))
+            reference = reference_logps[part].to(model.device)  # (b, 2)
+            loss = pair_loss(logps, reference, lengths, args)  # (b,)
             (loss.sum() / len(batch)).backward()
-            rewards = args.beta * torch.stack([chosen - reference_chosen,
-                                               rejected - reference_rejected])  # (2, b)
-            seen.append(torch.stack([loss, chosen, rejected, *rewards]).detach())  # (5, b)
+            rewards = args.beta * (logps - reference)  # (b, 2)
+            seen.append(torch.cat([loss[:, None], logps, rewards], 1).detach())  # (b, 5)
 
         # 6. The update. A state is saved before it, and only if the gradient is finite.
         add_gradients(model)
@@ -480,8 +518,8 @@ def train(args):
 
         # 7. What to watch. At the first step all rewards are 0 but for rounding. So a gap below
         # 1e-4 counts as a tie, and a tie as wrong.
-        seen = torch.cat(all_gather(torch.cat(seen, 1).cpu()), 1)  # (5, b) each -> (5, B)
-        loss, chosen, rejected, chosen_rewards, rejected_rewards = seen  # (B,) each
+        seen = torch.cat(all_gather(torch.cat(seen).cpu()))  # (b, 5) each -> (B, 5)
+        loss, chosen, rejected, chosen_rewards, rejected_rewards = seen.unbind(1)  # (B,) each
         row = {
             "step": step + 1,
             "lr": lr,
@@ -507,8 +545,8 @@ def train(args):
 
 
 # Defaults: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (6e-4, 3e-5, 1e-5), "batch_size": (48, 8, 32), "pairs": (6144, 160, None),
-            "adam_eps": (1e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
+DEFAULTS = {"beta": (0.5, 0.5, 0.1), "lr": (6e-4, 3e-5, 2e-5), "batch_size": (48, 8, None),
+            "pairs": (6144, 160, None), "adam_eps": (1e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
 
 
 def make_parser(file, text, defaults):
@@ -535,14 +573,13 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--loss", default="dpo", choices=["dpo", "ipo", "rdpo"], help="what is minimised")
     flag("--beta", type="amount",
-         help="price of a nat of KL from the reference; 0.1 is usual with --data; None: 0.5. "
-         "With --loss ipo it is tau; None: 0.1")
+         help="price of a nat of KL from the reference; with --loss ipo it is tau, and None: 0.1")
     flag("--label_smoothing", type="fraction", default=0.0,
          help="dpo: share of labels held to be wrong")
     flag("--alpha", type="amount", default=0.05, help="rdpo: price of a token of response length")
     args = parser.parse_args(argv)
-    if args.beta is None:
-        args.beta = 0.1 if args.loss == "ipo" else 0.5
+    if args.loss == "ipo" and args.beta is None:
+        args.beta = 0.1
     if args.loss == "ipo" and not args.beta:
         fail("--beta 0: with --loss ipo it is tau, by which the loss divides")
     for loss, name in (("dpo", "label_smoothing"), ("rdpo", "alpha")):

@@ -283,10 +283,22 @@ def ask(problem, instruction):
     return add_to_prompt(problem["prompt"], before=f"{words}\n") if problem["prompt"] else words
 
 
-def observe(problem, text, ended):
-    """What an output did. Own data: "correct" if it ended and is exactly the answer, or "wrong"."""
+def final(text, match):
+    """What of a reply is compared: all of it, its last line, or its last number (None without one).
+
+    match: "all", "line" or "number". Numbers are equal if they are as numbers: 1,000.0 is 1000.
+    """
+    if match == "number":
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+        return float(numbers[-1]) if numbers else None
+    text = text.strip()
+    return text.split("\n")[-1].strip() if match == "line" else text
+
+
+def observe(problem, text, ended, match="all"):
+    """What an output did. Own data: "correct" if it ended and gives the answer, or "wrong"."""
     if "answer" in problem:
-        right = ended and text.strip() == problem["answer"].strip()
+        right = ended and final(text, match) == final(problem["answer"], match)
         return {"answer": "correct" if right else "wrong"}
     return toy_done(text) if ended else {}
 
@@ -308,6 +320,8 @@ def read_tasks(tokenizer, args, room):
         if args.data:  # as it would be learned: a chat template may write more than the answer
             example = tokenizer.encode_example(problem["prompt"], problem["answer"], 10**9)
             problem["answer"] = tokenizer.decode(example[1])
+            if final(problem["answer"], args.match) is None:
+                fail(f'{problem["where"]}: the answer holds no number, which --match number needs')
     no_room = len(problems) - len(usable)
     print(f"{len(usable)} problems" + bool(no_room) *
           f"; {no_room} left out that leave no room for --max_new_tokens")
@@ -334,7 +348,8 @@ def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
                      max_tokens=4 * args.max_tokens)
     samples = []
     for (problem, wanted), output in zip(tasks, outputs):
-        done = observe(problem, tokenizer.decode(output), output[-1] in tokenizer.stop_ids)
+        done = observe(problem, tokenizer.decode(output), output[-1] in tokenizer.stop_ids,
+                       args.match)
         samples.append((problem, wanted, relabel(wanted, done), output))
     return samples
 
@@ -396,6 +411,11 @@ def train(args):
             rng = random.Random(f"{args.seed} episode {step}")
             asked = rng.choices(tasks, k=count)
             online += sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args)
+            if args.data and {"answer": "correct"} not in [obeyed for _, _, obeyed, _ in online]:
+                problem, _, _, output = online[-1]
+                fail(f"none of {len(online)} samples was right, so only the instruction for a wrong "
+                     f"answer would be learned; a sample: {tokenizer.decode(output)[-200:]!r}; the "
+                     f"answer: {problem['answer'][-200:]!r}; see --match, and allow more --rounds")
         examples = online
         if args.algo == "farl":  # filtered cloning learns only from what did as it was asked
             examples = [example for example in online if example[1] == example[2]]
@@ -473,6 +493,8 @@ def make_parser(file, text, defaults):
     parser = new_parser(file, text, defaults)
     flag = parser.add_argument
     flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
+    flag("--match", default="all", choices=["all", "line", "number"],
+         help="own data: what of a reply has to equal that of the answer; its last line or number")
     flag("--label_smoothing", type="fraction", default=0.2,
          help="probability that the loss spreads over other tokens and other instructions")
     flag("--temperature", type="amount", default=0.6, help="of the samples; at temperature 1, "

@@ -416,6 +416,9 @@ def gpt2_encoding(tokenizer):
 def read_jsonl(path):
     """The objects of a JSON Lines file. Each gets a key "where": file and line, for messages."""
     rows = []
+    if Path(path).suffix in (".parquet", ".arrow", ".csv"):
+        fail(f"{path}: not a file of JSON lines; datasets.load_dataset({Path(path).suffix[1:]!r}, "
+             f'data_files="{path}")["train"].to_json("mine.jsonl") writes one')
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -536,7 +539,31 @@ def split_by_prompt(rows, count=16):
     rows = [row for row in rows if row["prompt"] not in held_out]
     if not rows:
         fail("at least two different prompts are needed, since one of them is held out")
+    print(f"held out: {len(test)} of {len(test) + len(rows)} rows, all those of {len(held_out)} of "
+          f"{len(prompts)} prompts")
     return rows, test, held_out
+
+
+def mean_by_prompt(numbers, prompts):
+    """{name: mean, name_se: its standard error} for each name of {name: numbers (N,) of N rows}.
+
+    Rows with one prompt may be alike, so the standard error counts prompts: the deviations of a
+    prompt's rows are added up before they are squared. A NaN stands for no number.
+    """
+    places = {str(prompt): i for i, prompt in enumerate(prompts)}
+    places = torch.tensor([places[str(prompt)] for prompt in prompts])  # (N,), one for each prompt
+    metrics = {}
+    for name, x in numbers.items():
+        known = ~x.isnan()  # (N,)
+        P = len(set(places[known].tolist()))
+        if P:
+            metrics[name] = float(x[known].double().mean())
+        if P > 1:
+            off = x[known].double() - metrics[name]
+            sums = torch.zeros(len(x)).double().index_add(0, places[known], off)  # (N,)
+            variance = float(sums.square().sum()) * P / (P - 1)
+            metrics[f"{name}_se"] = math.sqrt(variance) / int(known.sum())
+    return metrics
 
 
 # --------------------------------------------------------------------------- several processes
@@ -642,6 +669,13 @@ def fill_defaults(args, defaults, small):
             setattr(args, flag, values[0 if small else 2 if args.data else 1])
 
 
+def warn_of_few(steps, args):
+    """Say so if the data makes only a few updates."""
+    if steps < 30 and not args.steps:
+        warnings.warn(f"only {steps} updates, from which little is learned; use a lower "
+                      "--batch_size or more --epochs")
+
+
 # ---------------------------------------------------------------------------- a run's folder
 
 PATHS = ("model", "reference", "policy", "generator", "reward_model", "judge", "data", "ptx_data")
@@ -737,17 +771,24 @@ class Run:
     def report(self, columns, samples, panels):
         """Print a table and samples; write results.json, samples.txt and curves.png.
 
-        columns: {"before": metrics, "after": metrics}; a table row for each metric of the last.
+        columns: {"before": metrics, "after": metrics}; a table row for each metric of the last,
+        with its standard error, if there is one: name_se for the metric "name".
         samples: [{"prompt": text, "before": text, ...}]. panels: for each panel of the figure a
         list of names in metrics.jsonl.
         """
         if RANK:
             return
-        table = " " * 25 + "".join(f"{column:>11}" for column in columns)
-        for key in list(columns.values())[-1]:
-            table += f"\n{key:25}"
-            for column in columns.values():
-                table += f"{column[key]:11.3f}" if key in column else " " * 11
+        last = list(columns.values())[-1]
+        space = " " * 9 * any(key.endswith("_se") for key in last)
+        table = " " * 25 + space.join(f"{column:>11}" for column in columns)
+        for key in last:
+            if not key.endswith("_se"):
+                table += f"\n{key:25}"
+                for column in columns.values():
+                    table += f"{column[key]:11.3f}" if key in column else " " * 11
+                    error = column.get(f"{key}_se")
+                    table += space if error is None else f" +- {error:.3f}"
+                table = table.rstrip()
         texts = [printable("\n".join(f"{key:9}: {text}" for key, text in sample.items()))
                  for sample in samples]
         (self.folder / "samples.txt").write_text("\n\n".join([table, *texts]), encoding="utf-8")

@@ -382,6 +382,7 @@ def load_reward(reference, tokenizer, prompts, args):
         examples = [(prompt + response, [0]) for prompt, response in examples]
         return per_token(token_values, model, examples, args.max_tokens)[:, 0].cpu()  # (B,)
 
+    print("scoring 256 samples of the reference, for the mean and the SD of the scores")
     asked = random.Random(args.seed).choices(prompts, k=256)
     _, texts, ended = answer(reference, tokenizer, asked, args.seed, args)
     if ended.float().mean() < 0.5:
@@ -392,6 +393,8 @@ def load_reward(reference, tokenizer, prompts, args):
     if not sd > 1e-6:  # NaN without a score
         fail(f"--reward_model {args.reward_model}: {int(ended.sum())} of 256 samples of the "
              "reference end within --max_new_tokens, and their scores do not differ")
+    print(f"{int(ended.sum())} of them end; their scores have mean {mean:.3f} and SD {sd:.3f}, which "
+          "become 0 and 1")
     return lambda prompts, texts: (score(prompts, texts) - mean) / sd
 
 
@@ -467,7 +470,7 @@ def yardstick(rewards, policy, reference, beta):
             "J/optimum": optimum[0],
             "J/optimum_se": optimum[1:].std(),
             "J/share_of_the_way": way[0],
-            "J/share_se": way[1:].std()}
+            "J/share_of_the_way_se": way[1:].std()}
     return {key: float(value) for key, value in numbers.items()}
 
 
@@ -598,6 +601,7 @@ def train(args, reward=None):
                                   weight_decay=0.0, fused=True)
     state = run.load_state(networks, optimizer, beta=args.beta)
     start, beta = state["step"], state["beta"]
+    equal = 0  # steps in a row in which all scores are equal
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in progress:
@@ -609,6 +613,13 @@ def train(args, reward=None):
                                             rng.getrandbits(62), args)
         if step % args.save_every == 0:
             run.save_state(step, networks, optimizer, beta=beta)
+        equal = equal + 1 if scores.max() == scores.min() else 0
+        if equal == 5:
+            cause = "look at the reward" if row["samples/without_eos"] < 1 else (
+                "no sample ends within --max_new_tokens; allow more tokens, or start from a model "
+                "that has learned to end, see sft.py")
+            fail(f"step {step + 1}: for 5 steps all scores have been equal, so there is nothing to "
+                 f"learn: {cause}")
 
         # 5. Before any update: log-probs of all tokens, and values of the states before them.
         mask = mask_of(sequences, policy.device)  # (B, R)

@@ -31,7 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
-                   new_parser, number, read_jsonl, read_row, save_model, share, split_by_prompt)
+                   mean_by_prompt, new_parser, number, read_jsonl, read_row, save_model, share,
+                   split_by_prompt, warn_of_few)
 
 # ---------------------------------------------------------------------------------- the losses
 
@@ -56,6 +57,14 @@ def best_of_k_loss(rewards, best):
     the response that was picked. Returns (B,), in nats.
     """
     return F.cross_entropy(rewards, best, reduction="none")
+
+
+def rank_loss(rewards, ranks, args):
+    """The loss that --loss names: (B,). Of (B, K) scores and ranks, with rank 0 as padding."""
+    if args.loss == "ranking":
+        return ranking_loss(rewards, ranks)
+    best = ranks.masked_fill(ranks == 0, ranks.max() + 1).argmin(1)  # (B,)
+    return best_of_k_loss(rewards, best)
 
 
 # ----------------------------------------------------------------------------------- the scores
@@ -207,6 +216,7 @@ def toy_rankings(model, tokenizer, count, k, seed):
     rng = random.Random(seed)
     prompts = rng.choices(toy_prompts(model.small), k=count)
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
+    print(f"sampling {len(asked)} reviews for the human to rank")
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
     for i, prompt in enumerate(prompts):
@@ -282,25 +292,37 @@ def calibration_error(margins):
 @torch.no_grad()
 def evaluate(name, model, tokenizer, rows, args):
     """{name: metrics on held-out rankings}, and samples: their texts with ranks and scores."""
-    scores, pairs, samples = {}, [], []
-    for part in split_batch([row["group"] for row in rows], args.max_tokens):
-        rewards, _ = score_rows(model, [rows[g] for g in part])  # (b, K)
+    scores, pairs, prompts, samples = {}, [], [], []
+    losses = torch.zeros(len(rows))
+    parts = split_batch([row["group"] for row in rows], args.max_tokens)
+    for part in tqdm(parts, f"evaluating {name} training", leave=False, disable=None):
+        rewards, ranks = score_rows(model, [rows[g] for g in part])  # (b, K) each
+        losses[part] = rank_loss(rewards, ranks, args).cpu()  # (b,)
         scores |= dict(zip(part, rewards.tolist()))
     for g, row in enumerate(rows):
         ranks, texts = row["ranks"], [tokenizer.decode(response) for _, response in row["group"]]
+        lengths = [len(response) for _, response in row["group"]]
         shown = {f"{i}: rank {ranks[i]}, score {scores[g][i]:+.2f}": text
                  for i, text in enumerate(texts)}
         samples.append({"prompt": row["prompt"]} | shown)
         for i, j in itertools.permutations(range(len(texts)), 2):
             if ranks[i] < ranks[j]:
-                pairs.append((scores[g][i] - scores[g][j],
+                pairs.append((scores[g][i] - scores[g][j], lengths[i] - lengths[j],
                               toy_reward(texts[i]) - toy_reward(texts[j])))
-    margins, true_margins = torch.tensor(pairs).unbind(1)  # (P, 2) -> (P,) each
-    metrics = {"pairs/accuracy": float((margins > 0).float().mean()),  # ties count as wrong
-               "calibration/error": calibration_error(margins)}
-    if not args.data:
+                prompts.append(row["prompt"])
+    margins, longer, true_margins = torch.tensor(pairs).unbind(1)  # (P, 3) -> (P,) each
+    right = (margins > 0).float()  # ties count as wrong
+    numbers = {"pairs/accuracy": right}
+    if args.data:
+        # Is it only length? longer_better: the accuracy of "the longer one is the better one".
+        numbers |= {"pairs/longer_better": (longer > 0).float(),
+                    "pairs/accuracy_longer": right.where(longer > 0, math.nan),
+                    "pairs/accuracy_shorter": right.where(longer < 0, math.nan)}
+    else:
         # The Bayes ceiling: nothing predicts the toy's human better than the true reward does.
-        metrics["pairs/ceiling"] = float(true_margins.abs().sigmoid().mean())
+        numbers["pairs/ceiling"] = true_margins.abs().sigmoid()
+    metrics = mean_by_prompt({"loss": losses}, [row["prompt"] for row in rows])
+    metrics |= mean_by_prompt(numbers, prompts) | {"calibration/error": calibration_error(margins)}
     return {name: metrics}, samples
 
 
@@ -328,7 +350,8 @@ def train(args):
         rows = toy_rankings(*load_model(args.policy or args.model, device=args.device),
                             args.rankings, args.k, args.seed)
         rows = all_gather(rows)[0]  # those of rank 0
-    rows, held_out, _ = split_by_prompt(encode_rankings(tokenizer, rows, args), 200)
+    rows, held_out, _ = split_by_prompt(encode_rankings(tokenizer, rows, args),
+                                        256 if args.data else 200)
     tokenizer.show(*rows[0]["group"][0])
 
     # 3. Evaluate before training. This also shows early whether the evaluation works.
@@ -338,6 +361,7 @@ def train(args):
     #    batch: if they were spread over batches, each response would be learned from K - 1 times
     #    in an epoch, and the model would overfit (InstructGPT, 3.5).
     steps = args.steps or args.epochs * math.ceil(len(rows) / args.batch_size)
+    warn_of_few(steps, args)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(rows, len(rows))
@@ -352,12 +376,7 @@ def train(args):
         batch, losses = batches[step], []
         for part in share(split_batch([row["group"] for row in batch], args.max_tokens)):
             rewards, ranks = score_rows(model, [batch[b] for b in part])  # (b, K) each
-            if args.loss == "ranking":
-                loss = ranking_loss(rewards, ranks)  # (b,)
-            else:
-                best = ranks.masked_fill(ranks == 0, ranks.max() + 1).argmin(1)  # (b,)
-                loss = best_of_k_loss(rewards, best)  # (b,)
-            loss = loss.sum() / len(batch)
+            loss = rank_loss(rewards, ranks, args).sum() / len(batch)
             loss.backward()
             losses.append(loss.detach())
 

@@ -25,6 +25,7 @@ in the pool once; the loss is a mean over the tokens of a batch.
 import itertools
 import math
 import random
+import re
 import warnings
 from statistics import fmean
 from typing import NamedTuple
@@ -304,13 +305,25 @@ def toy_warm_up(model, tokenizer, problems, args):
 # ------------------------------------------------------------------------- data and evaluation
 
 
+def final(text, match):
+    """What of a reply is compared: all of it, its last line, or its last number (None without one).
+
+    match: "all", "line" or "number". Numbers are equal if they are as numbers: 1,000.0 is 1000.
+    """
+    if match == "number":
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+        return float(numbers[-1]) if numbers else None
+    text = text.strip()
+    return text.split("\n")[-1].strip() if match == "line" else text
+
+
 def appraise(problem, text, ended, args):
     """The Answer made of a text: its value is the share that is right, or 0 if it was cut."""
     if "topics" in problem:
         verdicts = [ended and kind for kind in toy_verdicts(problem["topics"], text)]
         feedback = f"Spoken: {', '.join('well' if kind else 'not' for kind in verdicts)}."
     else:
-        verdicts = [ended and text.strip() == problem["answer"].strip()]
+        verdicts = [ended and final(text, args.match) == final(problem["answer"], args.match)]
         feedback = f"That is {'right' if verdicts[0] else 'wrong'}."
     return Answer(text, sum(verdicts) / len(verdicts), feedback if args.feedback == "text" else "")
 
@@ -338,6 +351,8 @@ def read_problems(tokenizer, args, room):
             # The answer as it would be learned: a chat template may write more than it.
             example = tokenizer.encode_example(row["prompt"], row["answer"], 10**9)
             usable.append({"prompt": row["prompt"], "answer": tokenizer.decode(example[1])})
+            if final(usable[-1]["answer"], args.match) is None:
+                fail(f'{row["where"]}: the answer holds no number, which --match number needs')
     no_room = len(rows) - len(usable)
     print(f"{len(usable)} problems" + bool(no_room) *
           f"; {no_room} left out that leave no room for --max_new_tokens")
@@ -441,7 +456,12 @@ def train(args):
             lessons = [(problem, *weigh(problem["pool"], args.alpha, args.beta))
                        for problem in problems if len({y.value for y in problem["pool"]}) > 1]
             if not lessons:
-                fail("no answer is better than another; use a larger --pool, or a --generator")
+                key, text = problems[0].get("answer", ""), problems[0]["pool"][0].text
+                cause = "use a larger --pool, or a --generator"
+                if args.data and not any(y.value for x in problems for y in x["pool"]):
+                    cause += (f"; no answer is right, such as {text[-200:]!r} where {key[-200:]!r} "
+                              "was asked for; see --match")
+                fail(f"no answer is better than another; {cause}")
             count = sum(len(pairs) for _, pairs, _ in lessons)
             if count < args.batch_size:
                 warnings.warn(f"there are only {count} pairs to learn from; use more problems, a "
@@ -500,6 +520,8 @@ def parse_args(argv=None):
     parser = new_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
     flag("--data", help='JSON Lines file of {"prompt", "answer"}; None: the toy task')
+    flag("--match", default="all", choices=["all", "line", "number"],
+         help="own data: what of a reply has to equal that of the answer; its last line or number")
     flag("--generator", help="the model that drafts; None: --model as it is before training")
     flag("--feedback", default="text", choices=["text", "none"], help="what the corrector is told")
     flag("--alpha", type="amount", default=10.0, help="higher draws large improvements more often")

@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
-                   new_parser, read_jsonl, read_row, save_model, share, split_by_prompt)
+                   new_parser, read_jsonl, read_row, save_model, share, split_by_prompt,
+                   warn_of_few)
 
 # ------------------------------------------------------------------------------------ the loss
 # It is called in step 5 of `train`.
@@ -287,7 +288,8 @@ def evaluate(name, model, tokenizer, rows, args):
     examples = [row["example"] for row in rows]
     tokens = sum(len(response) for _, response in examples)
     loss = 0.0
-    for part in share(split_batch([[example] for example in examples], args.max_tokens)):
+    parts = share(split_batch([[example] for example in examples], args.max_tokens))
+    for part in tqdm(parts, f"evaluating {name} training", leave=False, disable=None):
         sequences = [examples[b] for b in part]
         mask = mask_of(sequences, model.device)  # (b, r)
         loss += float(sft_loss(token_logps(model, sequences, mask.shape[1]), mask, tokens))
@@ -333,6 +335,7 @@ def train(args):
 
     # 4. Batches: each epoch visits all demonstrations in a new order.
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch_size)
+    warn_of_few(steps, args)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(examples, len(examples))

@@ -30,12 +30,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, load_model,
-                   new_parser, read_jsonl, read_row, save_model, share, split_by_prompt)
+                   mean_by_prompt, new_parser, read_jsonl, read_row, save_model, share,
+                   split_by_prompt, warn_of_few)
 
 # ---------------------------------------------------------------------------------- the losses
 # The inputs of each loss, all (B,): log-probs of whole responses, summed over their tokens with
-# EOS, in nats, and the numbers of these tokens. Each loss returns (B,). They are called in step 4
-# of `train`.
+# EOS, in nats, and the numbers of these tokens. Each loss returns (B,). They are called by
+# `pair_loss`, in step 4 of `train`.
 
 SUMS = ("cpo", "slic")  # these compare sums of log-probs; all other losses compare means
 
@@ -77,6 +78,20 @@ def slic_loss(chosen, rejected, delta=1.0, lam=1.0):
     SimPO paper.
     """
     return F.relu(delta - chosen + rejected) - lam * chosen
+
+
+def pair_loss(logps, lengths, args):
+    """The loss that --loss names: (B,). The inputs are (B, 2): chosen, then rejected."""
+    chosen, rejected = logps.unbind(1)  # (B,) each, as all that follow
+    chosen_lengths, rejected_lengths = lengths.unbind(1)
+    if args.loss == "simpo":
+        return simpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, args.beta,
+                          gamma=args.gamma_beta_ratio * args.beta)
+    if args.loss == "cpo":
+        return cpo_loss(chosen, rejected, args.beta, args.lam)
+    if args.loss == "orpo":
+        return orpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, args.lam)
+    return slic_loss(chosen, rejected, args.delta, args.lam)
 
 
 # --------------------------------------------------------------------- log-probs of responses
@@ -284,6 +299,7 @@ def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
     rng = random.Random(seed)
     posts = [toy_post(rng) for _ in range(count)]
     asked = [tokenizer.encode_prompt(prompt) for prompt, _ in posts for _ in range(k)]
+    print(f"sampling {len(asked)} summaries for the human to judge")
     texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
     rows = []
     for i, (prompt, facts) in enumerate(posts):
@@ -322,20 +338,43 @@ def encode_pairs(tokenizer, rows, args):
     return usable or fail(f"no pair is left: {found}")
 
 
+def pair_metrics(losses, rewards, lengths, prompts, args):
+    """What a loss and its reward make of N pairs: means with standard errors (se).
+
+    losses: (N,), or None. rewards, lengths: (N, 2), of the chosen and the rejected response.
+    prompts: N.
+    """
+    margins, longer = (x[:, 0] - x[:, 1] for x in (rewards, lengths))  # (N,) each
+    right = (margins > 0).float()  # ties count as wrong
+    numbers = {} if losses is None else {"loss": losses}
+    numbers["rewards/margin"] = margins
+    if margins.any():  # before the training of DPO all rewards are 0, so they rank nothing
+        numbers["rewards/accuracy"] = right
+        if args.data:
+            # Is it only length? longer_chosen: the accuracy of "the longer one is the better one".
+            numbers |= {"pairs/longer_chosen": (longer > 0).float(),
+                        "rewards/accuracy_longer": right.where(longer > 0, math.nan),
+                        "rewards/accuracy_shorter": right.where(longer < 0, math.nan)}
+    return mean_by_prompt(numbers, prompts)
+
+
 def evaluate(policy, reference, tokenizer, test, args):
     """Metrics of both models on held-out rows, {"before": ..., "after": ...}, and their samples."""
+    # Repeated up to this number. With --data the first 8 prompts are enough.
+    shown = (test * 256)[:256 if policy.small else 32]
+    print(f"evaluating: {len(test)} pairs, then {len(shown)} samples of both models")
     pairs = [row["pair"] for row in test]
-    lengths = torch.tensor([[len(response) for _, response in pair] for pair in pairs])  # (P, 2)
-    shown = (test * 256)[:256 if policy.small else 32]  # repeated up to this number
+    lengths = torch.tensor([[len(response) for _, response in pair] for pair in pairs])  # (N, 2)
     asked = [row["pair"][0][0] for row in shown]
     columns, samples = {}, [{"prompt": row["prompt"]} for row in shown]
     qualities = []
     for name, model in (("before", reference), ("after", policy)):
-        # Held-out accuracy of the loss's own reward. Ties count as wrong.
-        rewards = group_logps(model, pairs, args.max_tokens)  # (P, 2)
-        if args.loss not in SUMS:
-            rewards /= lengths
-        metrics = {"rewards/accuracy": fmean(rewards[:, 0] > rewards[:, 1])}
+        logps = group_logps(model, pairs, args.max_tokens)  # (N, 2)
+        losses = None  # variants/rankings.py has other losses
+        if hasattr(args, "delta"):
+            losses = pair_loss(logps, lengths, args)  # (N,)
+        rewards = logps if args.loss in SUMS else logps / lengths  # (N, 2)
+        metrics = pair_metrics(losses, rewards, lengths, [row["prompt"] for row in test], args)
         responses = sample(model, tokenizer, asked, args.max_new_tokens, args.seed,
                            max_tokens=4 * args.max_tokens)
         metrics["samples/tokens"] = fmean(map(len, responses))
@@ -392,7 +431,9 @@ def train(args):
     tokenizer.show(*pairs[0][0])
 
     # 3. Batches: each epoch visits all pairs in a new order.
+    args.batch_size = args.batch_size or (8 if len(pairs) <= 2000 else 32)
     steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
+    warn_of_few(steps, args)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(pairs, len(pairs))
@@ -410,17 +451,7 @@ def train(args):
             sequences = [sequence for g in part for sequence in batch[g]]
             # Sums of log-probs, and lengths: (2b,) -> (b, 2) each
             logps, lengths = (x.view(-1, 2) for x in response_logps(model, sequences))
-            chosen, rejected = logps.unbind(1)  # (b,) each
-            chosen_lengths, rejected_lengths = lengths.unbind(1)
-            if args.loss == "simpo":
-                loss = simpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, args.beta,
-                                  gamma=args.gamma_beta_ratio * args.beta)
-            elif args.loss == "cpo":
-                loss = cpo_loss(chosen, rejected, args.beta, args.lam)
-            elif args.loss == "orpo":
-                loss = orpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, args.lam)
-            else:
-                loss = slic_loss(chosen, rejected, args.delta, args.lam)
+            loss = pair_loss(logps, lengths, args)  # (b,)
             (loss.sum() / len(batch)).backward()
             rewards = logps if args.loss in SUMS else logps / lengths  # (b, 2)
             seen.append(torch.cat([loss[:, None], rewards], 1).detach())  # (b, 3)
@@ -461,7 +492,7 @@ def train(args):
 
 
 # Defaults: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (3e-4, 3e-5, 1e-5), "batch_size": (32, 8, 32), "pairs": (2304, 256, None)}
+DEFAULTS = {"lr": (3e-4, 3e-5, 2e-5), "batch_size": (32, 8, None), "pairs": (2304, 256, None)}
 
 
 def make_parser(file, text, defaults):

@@ -227,7 +227,19 @@ def test_only_finished_answers_that_match_exactly_are_right(text, ended, right):
     """A substring of the answer is not the answer: HIR's code counts it as one."""
     row = {"prompt": "Sort:", "answer": "(B) 12"}
     assert hir.observe(row, text, ended) == {"answer": "correct" if right else "wrong"}
-    assert self_correct.appraise(row, text, ended, a()).value == right
+    assert self_correct.appraise(row, text, ended, a(match="all")).value == right
+
+
+@pytest.mark.parametrize("match, text, right", [
+    ("line", "Two and ten.\n\n 1,200 \n", True), ("line", "so 1,200", False), ("line", "", False),
+    ("number", "It is 3 * 400 = 1200.0, I think.", True), ("number", "1200 or 7", False),
+    ("number", "-1200", False), ("number", "many", False)])
+def test_a_reply_may_end_with_its_answer(match, text, right):
+    """GSM8K's answers end with a number after the reasoning; so may a reply."""
+    row = {"prompt": "?", "answer": "3 * 400 = 1200\n1,200"}
+    observed = hir.observe(row, text, True, match)
+    assert observed == {"answer": "correct" if right else "wrong"}
+    assert self_correct.appraise(row, text, True, a(match=match)).value == right
 
 
 def test_ppo_scores_no_half_of_a_text(judge, tiny, tmp_path, capsys, monkeypatch):
@@ -308,4 +320,5 @@ def test_two_answers_to_one_prompt_are_two_problems(tiny, tmp_path):
     assert [(task[0]["answer"], bad, good) for task, bad, good in chains(online)] == [
         ("1", "2", "1"), ("2", "1", "2")]
     problems, _ = self_correct.read_problems(tiny[1], self_correct.parse_args(flags[:2]), 99)
-    assert [self_correct.appraise(problem, "2", True, a()).value for problem in problems] == [0, 1]
+    assert [self_correct.appraise(problem, "2", True, a(match="all")).value
+            for problem in problems] == [0, 1]

@@ -747,7 +747,7 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch, float64):
     monkeypatch.setattr(script, "sample", lambda model, tokenizer, asked, *_, **__: [
         ids_of(text) for text in drawn[probe(model)] * (len(asked) // n)])
     a = SimpleNamespace(samples=n, beta=0.6, seed=0, data=None, max_new_tokens=12, max_tokens=999,
-                        missing_eos_score=-2.5, reward_model=None)
+                        missing_eos_score=-2.5, reward_model=None, loss="dpo", label_smoothing=0.1)
     models = plain(), plain("reference")
 
     @functools.cache
@@ -762,12 +762,19 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch, float64):
                for texts in drawn.values()]
     key = "samples/true_reward"
     if script is dpo:
-        rows = [[encode(row["prompt"], row[key]) for key in ("chosen", "rejected")]
+        rows = [dict(row, pair=[encode(row["prompt"], row[key]) for key in ("chosen", "rejected")])
                 for row in PAIRS]
         result, _ = dpo.evaluate(policy, reference, tokenizer, rows, test, a)
-        columns[1]["rewards/accuracy"] = fmean(
-            log_ratio(row["prompt"], row["chosen"]) > log_ratio(row["prompt"], row["rejected"])
-            for row in PAIRS)
+        margins = [a.beta * (log_ratio(row["prompt"], row["chosen"])
+                             - log_ratio(row["prompt"], row["rejected"])) for row in PAIRS]
+        columns[0] |= helper.mean_by_prompt(
+            {"loss": torch.full((len(PAIRS),), math.log(2)),
+             "rewards/margin": torch.zeros(len(PAIRS))}, [row["prompt"] for row in PAIRS])
+        columns[1] |= helper.mean_by_prompt(
+            {"loss": torch.tensor([math.log1p(math.exp(-x)) + 0.1 * x for x in margins]),
+             "rewards/margin": torch.tensor(margins),
+             "rewards/accuracy": torch.tensor([float(x > 0) for x in margins])},
+            [row["prompt"] for row in PAIRS])
     else:
         reward = ppo_rlhf.load_reward(None, None, None, a)
         result, _ = ppo_rlhf.evaluate(policy, reference, reward, tokenizer, test, a)
@@ -782,16 +789,40 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch, float64):
     columns[1] |= {"kl/policy_reference": kl, "J/reference": start, "J/policy": now,
                    "J/share_of_the_way": (now - start) / (best - start), "J/optimum": best}
     columns[1] |= {name: result["after"][name] for name in (
-        "J/effective_samples", "J/optimum_se", "J/share_se")}
+        "J/effective_samples", "J/optimum_se", "J/share_of_the_way_se")}
     assert best > max(start, now)
     for column, expected in zip(result.values(), columns):
-        assert column == pytest.approx(expected, rel=1e-5)
+        assert column == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_standard_errors_count_prompts():
+    """Two rows of a prompt that err together are worth one. NaN: a row that does not count."""
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0, math.nan])
+    pairs = helper.mean_by_prompt({"x": x}, [["a"], ["a"], ["b"], ["b"], ["c"]])
+    assert pairs == pytest.approx({"x": 0.5, "x_se": math.sqrt((1 + 1) * 2) / 4})
+    alone = helper.mean_by_prompt({"x": x}, "abcde")  # the usual SD / sqrt(N)
+    assert alone["x_se"] == pytest.approx(float(x[:4].std()) / 2)
+    assert helper.mean_by_prompt({"x": x, "y": x * math.nan}, "aaaaa") == {"x": 0.5}
+
+
+def test_pairs_that_are_told_by_their_length():
+    """A reward that prefers length: its accuracy where the chosen response is longer, or shorter.
+
+    Before training a policy is its own reference, and there is nothing to rank.
+    """
+    lengths = torch.tensor([[3, 2], [4, 2], [1, 3], [2, 2]])
+    a = SimpleNamespace(data="pairs.jsonl")
+    metrics = dpo.pair_metrics(None, 0.5 * lengths, lengths, "abcd", a)
+    assert {key: x for key, x in metrics.items() if not key.endswith("_se")} == {
+        "rewards/margin": 0.125, "rewards/accuracy": 0.5, "pairs/longer_chosen": 0.5,
+        "rewards/accuracy_longer": 1, "rewards/accuracy_shorter": 0}
+    assert "rewards/accuracy" not in dpo.pair_metrics(None, 0.0 * lengths, lengths, "abcd", a)
 
 
 def test_evaluation_of_a_reward_model():
     """Ties count as wrong. (The calibration of given margins: test_losses.py)"""
     model, tokenizer = helper.load_model("reward", "reward")
-    judge, rows, margins, gaps = plain("reward", REWARD), [], [], []
+    judge, rows, margins, gaps, prompts, losses = plain("reward", REWARD), [], [], [], [], []
     for row in RANKINGS:
         texts, ranks = row["responses"], row["ranks"]
         rows.append(dict(row, group=[encode(row["prompt"], text) for text in texts]))
@@ -799,13 +830,18 @@ def test_evaluation_of_a_reward_model():
         true = [sum(text.count(part) * REVIEWS[part][0] for part in REVIEWS) for text in texts]
         pairs = [(i, j) for i in range(len(r)) for j in range(len(r)) if ranks[i] < ranks[j]]
         margins += [r[i] - r[j] for i, j in pairs]
+        prompts += [row["prompt"]] * len(pairs)
+        losses.append(sum(math.log1p(math.exp(r[j] - r[i])) for i, j in pairs)
+                      / math.comb(len(r), 2))
         gaps += [abs(true[i] - true[j]) for i, j in pairs]
-    a = SimpleNamespace(max_tokens=70, data=None)
+    a = SimpleNamespace(max_tokens=70, data=None, loss="ranking")
     columns, _ = reward_model.evaluate("now", model, tokenizer, rows, a)
-    assert columns["now"] == pytest.approx({
-        "pairs/accuracy": fmean(margin > 0 for margin in margins),
-        "pairs/ceiling": fmean(1 / (1 + math.exp(-gap)) for gap in gaps),
-        "calibration/error": reward_model.calibration_error(torch.tensor(margins))}, rel=1e-4)
+    expected = helper.mean_by_prompt({"loss": torch.tensor(losses)}, [x["prompt"] for x in rows])
+    expected |= helper.mean_by_prompt({
+        "pairs/accuracy": torch.tensor([float(margin > 0) for margin in margins]),
+        "pairs/ceiling": torch.tensor([1 / (1 + math.exp(-gap)) for gap in gaps])}, prompts)
+    expected["calibration/error"] = reward_model.calibration_error(torch.tensor(margins))
+    assert columns["now"] == pytest.approx(expected, rel=1e-4)
     model.score.weight.data.zero_()  # equal texts in one pass could differ by rounding
     columns, _ = reward_model.evaluate("now", model, tokenizer, rows, a)
     assert columns["now"]["pairs/accuracy"] == 0
@@ -820,7 +856,8 @@ def test_evaluation_of_summaries(monkeypatch):
                         lambda model, *_, **__: [*map(ids_of, drawn[probe(model)])] * 64)
     pairs = [[([EOS], ids_of(row[side])) for side in ("chosen", "rejected")] for row in PAIRS[:3]]
     rows = [{"prompt": "", "facts": {"who": "Anna", "what": "ring"}, "pair": x} for x in pairs]
-    a = SimpleNamespace(seed=0, max_new_tokens=9, max_tokens=999, data=None, loss="simpo")
+    a = SimpleNamespace(seed=0, max_new_tokens=9, max_tokens=999, data=None, loss="simpo", delta=1,
+                        beta=2.0, gamma_beta_ratio=0.5)
     columns, _ = simpo.evaluate(policy, reference, tokenizer, rows, a)
     for column, model, numbers in zip(columns.values(), (plain("reference"), plain()), (
             (0.225, 0.375, 0.125, 0.5), (0.7175, 0.75, 0, 0.75))):
@@ -828,6 +865,9 @@ def test_evaluation_of_summaries(monkeypatch):
         assert shown == pytest.approx(numbers)
         means = [[number(token_logps(model, x).mean()) for x in pair] for pair in pairs]
         assert column["rewards/accuracy"] == fmean(w > l for w, l in means)
+        assert column["rewards/margin"] == pytest.approx(fmean(w - l for w, l in means), rel=1e-5)
+        assert column["loss"] == pytest.approx(fmean(
+            math.log1p(math.exp(1 - 2 * (w - l))) for w, l in means), rel=1e-5)
     assert column["samples/win_rate"] == (1 + 0.5 + 0.5 + 1) / 4
 
 
@@ -836,7 +876,8 @@ def test_evaluation_of_instructions(monkeypatch):
     monkeypatch.setattr(hir, "sample", lambda *_, **__: [ids_of(text) for text in REVIEWS])
     groups = {name: [({"prompt": ""}, wanted)] for name, wanted in (
         ("all", ASKED[0]), ("held_out", {"length": "short"}))}
-    a = SimpleNamespace(samples=6, seed=0, max_new_tokens=12, max_tokens=99, temperature=1.0)
+    a = SimpleNamespace(samples=6, seed=0, max_new_tokens=12, max_tokens=99, temperature=1.0,
+                        match="all")
     columns, _ = hir.evaluate("now", *helper.load_model(), groups, a)
     assert columns["now"] == pytest.approx({
         "followed/all": 1 / 6, "followed/length": 3 / 6, "followed/mood": 2 / 6,

@@ -181,10 +181,11 @@ def train(args):
     reference, _ = load_model(args.model, device=args.device)
     good, bad = ([example["sequence"] for example in held_out if example["desirable"] == label]
                  for label in (True, False))
-    test = list(zip(good, bad)) or [(good + bad)[:1] * 2]  # evaluate needs at least one pair
+    pairs = list(zip(good, bad)) or [(good + bad)[:1] * 2]  # evaluate needs at least one pair
+    test = [{"pair": pair, "prompt": pair[0][0]} for pair in pairs]
     columns, samples = evaluate(model, reference, tokenizer, test, prompts[:8], args)
     if not good or not bad:
-        del columns["after"]["rewards/accuracy"]
+        del columns["after"]["rewards/margin"]
     run.report(columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"],
@@ -200,8 +201,7 @@ def parse_args(argv=None):
     """The flags that DPO and KTO share, and those that only KTO has."""
     parser = make_parser(__file__, __doc__, DEFAULTS)
     flag = parser.add_argument
-    flag("--beta", type="amount", default=0.5,
-         help="price of a nat of KL from the reference; 0.1 is usual with --data")
+    flag("--beta", type="amount", help="price of a nat of KL from the reference")
     flag("--lambda_desirable", type="amount", default=1.0, help="weight of desirable responses")
     flag("--lambda_undesirable", type="amount", default=1.0, help="weight of undesirable responses")
     return parser.parse_args(argv)
