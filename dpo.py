@@ -468,7 +468,7 @@ def train(args):
     tokenizer.show(*pairs[0][0])
 
     # 3. Batches: each epoch visits all pairs in a new order.
-    args.batch_size = args.batch_size or (8 if len(pairs) <= 2000 else 32)
+    args.batch_size = args.batch_size or (8 if len(pairs) <= 2000 else 32)  # with --data
     steps = args.steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     warn_of_few(steps, args)
     batches = []
@@ -559,7 +559,8 @@ def make_parser(file, text, defaults):
          help="Adam's epsilon; a higher one slows weights with small gradients")
     flag("--epochs", type="positive", default=1, help="passes over the data")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type="positive", help="examples in an update")
+    flag("--batch_size", type="positive",
+         help="examples in an update; None: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
     flag("--pairs", type="positive", help="toy: pairs to sample")

@@ -357,6 +357,7 @@ def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
 def evaluate(name, model, tokenizer, sets, args, feedback=""):
     """{name: the share of instructions that are followed, for each set of tasks}, and samples."""
     metrics, shown = {}, []
+    print(f"evaluating {name} training: {args.samples} samples of {' and of '.join(sets)}")
     for kind, tasks in sets.items():
         tasks = (tasks * args.samples)[:args.samples]
         samples = sample_and_relabel(model, tokenizer, tasks, args.seed, args, feedback)
@@ -413,9 +414,9 @@ def train(args):
             online += sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args)
             if args.data and {"answer": "correct"} not in [obeyed for _, _, obeyed, _ in online]:
                 problem, _, _, output = online[-1]
-                fail(f"none of {len(online)} samples was right, so only the instruction for a wrong "
-                     f"answer would be learned; a sample: {tokenizer.decode(output)[-200:]!r}; the "
-                     f"answer: {problem['answer'][-200:]!r}; see --match, and allow more --rounds")
+                fail(f"none of {len(online)} samples was right, so only the instruction for a "
+                     f"wrong answer would be learned; a sample: {tokenizer.decode(output)[-200:]!r}"
+                     f"; the answer: {problem['answer'][-200:]!r}; see --match, and --rounds")
         examples = online
         if args.algo == "farl":  # filtered cloning learns only from what did as it was asked
             examples = [example for example in online if example[1] == example[2]]

@@ -393,8 +393,8 @@ def load_reward(reference, tokenizer, prompts, args):
     if not sd > 1e-6:  # NaN without a score
         fail(f"--reward_model {args.reward_model}: {int(ended.sum())} of 256 samples of the "
              "reference end within --max_new_tokens, and their scores do not differ")
-    print(f"{int(ended.sum())} of them end; their scores have mean {mean:.3f} and SD {sd:.3f}, which "
-          "become 0 and 1")
+    print(f"{int(ended.sum())} of them end; their scores have mean {mean:.3f} and SD {sd:.3f}, "
+          "which become 0 and 1")
     return lambda prompts, texts: (score(prompts, texts) - mean) / sd
 
 
@@ -477,6 +477,7 @@ def yardstick(rewards, policy, reference, beta):
 def evaluate(policy, reference, reward, tokenizer, prompts, args):
     """{"before": metrics of the reference, "after": of the policy} on P prompts, and samples."""
     columns, scores, sequences, texts = {}, [], [], []
+    print(f"evaluating: {args.samples} samples of both models for each of {len(prompts)} prompts")
     for name, model in (("before", reference), ("after", policy)):
         own, own_scores, own_texts, columns[name] = rollout(
             model, reward, tokenizer, prompts, args.samples, args.seed, args)

@@ -360,6 +360,7 @@ def train(args):
     # 4. Batches: each epoch visits all rankings in a new order. All pairs of a prompt are in one
     #    batch: if they were spread over batches, each response would be learned from K - 1 times
     #    in an epoch, and the model would overfit (InstructGPT, 3.5).
+    args.batch_size = args.batch_size or (8 if len(rows) <= 2000 else 32)  # with --data
     steps = args.steps or args.epochs * math.ceil(len(rows) / args.batch_size)
     warn_of_few(steps, args)
     batches = []
@@ -405,7 +406,7 @@ def train(args):
 
 
 # Defaults: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5), "rankings": (4608, 192, None)}
+DEFAULTS = {"lr": (1e-3, 1e-5, 2e-5), "batch_size": (16, 16, None), "rankings": (4608, 192, None)}
 
 
 def parse_args(argv=None):
@@ -420,7 +421,8 @@ def parse_args(argv=None):
     flag("--lr", type="amount", help="peak learning rate")
     flag("--epochs", type="positive", default=1, help="passes over the rankings")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type="positive", default=16, help="prompts in an update")
+    flag("--batch_size", type="positive",
+         help="prompts in an update; None: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--rankings", type="positive", help="toy: prompts with ranked responses")
     flag("--k", type=number(2), default=4, help="toy: responses to each prompt")

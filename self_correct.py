@@ -383,6 +383,7 @@ def evaluate(model, tokenizer, problems, args):
     perfect answers are damaged: they are never y in a pair, so nothing teaches to keep them.
     """
     columns, samples = {}, [{"prompt": problem["prompt"]} for problem in problems]
+    print(f"evaluating: {args.corrections} corrections of {len(problems)} drafts")
     answers = kept = [problem["pool"][0] for problem in problems]  # drafts
     for t in range(1 + args.corrections):
         name, before = str(t or "draft"), answers
@@ -429,6 +430,7 @@ def train(args):
 
     # 2. The generator answers every problem, Eq. (2), and drafts for those that are held out.
     tasks = [(problem, None) for problem in problems * args.pool + held_out]
+    print(f"sampling {len(tasks)} drafts of the generator")
     explore(generator, its_tokenizer, tasks, args.seed, args)
     del generator
 

@@ -334,6 +334,7 @@ def train(args):
     columns, samples = evaluate("before", model, tokenizer, held_out, args)
 
     # 4. Batches: each epoch visits all demonstrations in a new order.
+    args.batch_size = args.batch_size or (8 if len(examples) <= 2000 else 32)  # with --data
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch_size)
     warn_of_few(steps, args)
     batches = []
@@ -386,7 +387,7 @@ def train(args):
 
 
 # Defaults: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5), "examples": (3400, 640, None)}
+DEFAULTS = {"lr": (1e-3, 1e-5, 5e-5), "batch_size": (32, 32, None), "examples": (3400, 640, None)}
 
 
 def parse_args(argv=None):
@@ -397,7 +398,8 @@ def parse_args(argv=None):
     flag("--lr", type="amount", help="peak learning rate")
     flag("--epochs", type="positive", default=1, help="passes over the demonstrations")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
-    flag("--batch_size", type="positive", default=32, help="demonstrations in an update")
+    flag("--batch_size", type="positive",
+         help="demonstrations in an update; None: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
     flag("--examples", type="positive", help="toy: demonstrations to make")

@@ -1,14 +1,17 @@
 """What the lessons define themselves: formulas against enumeration, and rewards of their own."""
 
 import json
+import math
 
 import pytest
 import torch
 from conftest import R, REF, v
 
 import dpo
+import model as hub
 import ppo_rlhf
-from lessons import frontier, rounds, vanishing
+import reward_model
+from lessons import frontier, real_reviews, rounds, vanishing
 from variants import raft
 
 LOGPS = REF.log()[None]  # (1, 5): the bandit is one prompt
@@ -77,3 +80,63 @@ def test_what_two_lessons_count(tmp_path):
         "kl/policy_reference": i, "samples/true_reward": 10 * i, "samples/grammatical": 1}) + "\n"
         for i in range(20)))
     assert rounds.reward_at(7.1, [tmp_path]) == [70, 7, 1]
+
+
+def test_real_reviews_are_paired_by_their_first_two_words():
+    """Opposite labels and the same beginning; a prompt has as many pairs as the rarer label."""
+    texts = [("a film that works", 1), ("a film that fails", 0), ("a film too long", 0),
+             ("no film at all", 0)]
+    rows = [{"text": text, "label": label} for text, label in texts]
+    assert real_reviews.make_pairs(rows) == {"a film": [
+        {"prompt": "Movie review: a film", "chosen": " that works", "rejected": " that fails"}]}
+
+
+def test_the_judge_of_real_reviews_is_naive_bayes():
+    """Log-odds of the counts plus 1; rare words do not count, and twice is not more than once."""
+    rows = [{"text": text, "label": label} for text, label in (
+        [("good", 1)] * 3 + [("good", 0)] + [("bad", 0)] * 3 + [("rare", 1)] * 2)]
+    judge = real_reviews.fit_judge(rows)
+    assert judge["weights"] == pytest.approx({"good": math.log(4 / 2), "bad": math.log(1 / 4)})
+    assert real_reviews.positive("Good, good!", judge) == pytest.approx(2 / 3)
+    both = 1 / (1 + math.exp(-(math.log(2) - math.log(4)) / math.sqrt(2)))
+    assert real_reviews.positive("bad good", judge) == pytest.approx(both)
+    assert real_reviews.positive("", judge) == 0.5
+
+
+def test_best_of_real_reviews(tmp_path):
+    """Of each two texts the one with the higher score, in places of the whole list."""
+    model, tokenizer = hub.load_model("tiny", "reward")
+    prompts, texts = ["A", "A", "B", "B"], [" x", " y z.", " It was dull.", " No."]
+    scores = [float(reward_model.reward_scores(model, [tokenizer.encode_example(*x, 99)]))
+              for x in zip(prompts, texts)]
+    expected = [0 if scores[0] > scores[1] else 1, 2 if scores[2] > scores[3] else 3]
+    assert real_reviews.best_of((model, tokenizer), prompts, texts, 2) == expected
+    model.score.weight.data.neg_()
+    assert real_reviews.best_of((model, tokenizer), prompts, texts, 2) == [
+        1 - expected[0], 5 - expected[1]]
+
+
+def test_real_reviews_end_to_end(tmp_path, capsys):
+    """The files, and the table of a model and of its best samples, with the start at a KL of 0."""
+    rows = [{"text": f"the {i} film was {word} to me and to you", "label": label}
+            for i in range(2500) for word, label in (("great", 1), ("poor", 0))
+            if i < 130 or label == i % 2]
+    (tmp_path / "reviews").write_text("\n".join(map(json.dumps, rows)))
+    real_reviews.main(f"{tmp_path}/reviews --out {tmp_path}".split())
+    train, test, sft = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
+                        for name in ("train", "test", "sft"))
+    assert len({row["prompt"] for row in test}) == 60 and test[0].keys() == train[0].keys()
+    assert not {row["prompt"] for row in test} & {row["prompt"] for row in train}
+    assert len(sft) == 600 and "completion" in sft[0]
+    hub.save_model(*hub.load_model("tiny", "reward"), tmp_path)
+    real_reviews.main(f"--out {tmp_path} --models tiny --best_of {tmp_path} --n 2 "
+                      "--max_new_tokens 2".split())
+    table = json.loads((tmp_path / "judged.json").read_text())
+    assert table["tiny"]["kl"] == 0 and table["best of 2"]["kl"] == pytest.approx(math.log(2) - 0.5)
+    assert (tmp_path / "real_reviews.png").stat().st_size > 5000
+    (tmp_path / "few").write_text(json.dumps(rows[0]))
+    for bad in ("few", "reviews --models tiny"):
+        with pytest.raises(SystemExit) as stop:
+            real_reviews.main(f"{tmp_path}/{bad} --out {tmp_path}".split())
+        assert stop.value.code == 2
+    assert "at least 120 and 2,000" in capsys.readouterr().err

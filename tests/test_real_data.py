@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import hir
 import model as helper
 import ppo_rlhf
 import self_correct
-import sft
 from model import read_jsonl, split_by_prompt
 
 FLAGS = "--device cpu --max_new_tokens 8 --samples 2"
@@ -136,8 +136,13 @@ def test_other_kinds_of_files(suffix, tmp_path, capsys):
 
 def test_stages_have_names(tmp_path, capsys):
     """A person who waits is told for what."""
-    sft.main(f"--out {tmp_path} {FLAGS[:32]} --examples 32 --steps 1".split())
+    (tmp_path / "out").mkdir()
     dpo.main(f"--out {tmp_path} {FLAGS} --pairs 16 --steps 1".split())
+    helper.save_model(*helper.load_model("tiny", "reward"), tmp_path / "out")
+    ppo_rlhf.main(f"--out {tmp_path} --device cpu --max_new_tokens 24 --samples 1 --batch_size 4 "
+                  f"--steps 1 --reward_model {tmp_path}/out".split())
     shown = capsys.readouterr().out
-    for stage in ("sampling 32 reviews for the human to judge", "held out: ", "evaluating: "):
+    for stage in ("sampling 32 reviews for the human to judge", "held out: ", "evaluating: ",
+                  "scoring 256 samples of the reference, for the mean and the SD"):
         assert stage in shown
+    assert re.search(r"\d+ of them end; their scores have mean -?\d\.\d+ and SD \d\.\d+", shown)
