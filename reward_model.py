@@ -406,7 +406,8 @@ def train(args):
 
 
 # Defaults: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"lr": (1e-3, 1e-5, 2e-5), "batch_size": (16, 16, None), "rankings": (4608, 192, None)}
+DEFAULTS = {"lr": (1e-3, 1e-5, 2e-5), "batch_size": (16, 16, None),
+            "rankings": (4608, 192, None)}
 
 
 def parse_args(argv=None):

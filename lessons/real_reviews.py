@@ -1,7 +1,10 @@
-"""Do pairs of real reviews make a pretrained model write kinder reviews? A judge of their own says.
+"""Do pairs of real reviews teach a pretrained model to write kinder ones, and at what price?
 
     python -m lessons.real_reviews reviews.jsonl --out runs/reviews     # {"text", "label": 0 or 1}
     python -m lessons.real_reviews --out runs/reviews --models runs/sft runs/dpo --best_of runs/rm
+
+What to see in the figure: how often a judge calls the reviews of each model positive, and how far
+each model is from its start.
 
 The DPO paper's IMDb task in small. The first command writes files: two reviews of opposite label
 that begin with the same two words become a pair, whose prompt is these words. train.jsonl holds the
@@ -9,9 +12,8 @@ pairs of most prompts, test.jsonl those of 60 others, sft.jsonl reviews of neith
 fitted on reviews that are in none of these files, so it shares no example with any reward model.
 
 The second command lets models continue the prompts of test.jsonl. The first model is the start, to
-which KL is measured. --best_of takes the best of n samples of the start by a reward model. What to
-see in the figure: how much more often the judge calls a review positive, and what that cost in KL.
-docs/real_models.md shows the commands in between.
+which KL is measured. --best_of takes the best of n samples of the start by a reward model.
+docs/real_models.md shows the commands in between, and how long they take.
 """
 
 import argparse

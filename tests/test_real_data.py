@@ -21,15 +21,16 @@ def pairs(tmp_path, count=24):
     rng = random.Random(0)
     words = [" The cast was superb.", " It was dull and long.", " No.", " I found the plot weak."]
     rows = [{"prompt": f"I saw film {i}." * rng.randrange(1, 5),
-             "chosen": rng.choice(words[:2]) * rng.randrange(1, 5), "rejected": rng.choice(words[2:])}
+             "chosen": rng.choice(words[:2]) * rng.randrange(1, 5),
+             "rejected": rng.choice(words[2:])}
             for i in range(count)]
     (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
     return f"--data {tmp_path}/data --out {tmp_path}/out {FLAGS}"
 
 
 def test_step_1_is_exactly_log_2_in_bf16(tmp_path, monkeypatch):
-    """On CUDA the trunk runs in bf16, and how it rounds may depend on the shapes. So the reference is
-    scored in the batches and parts of the first epoch, and at step 1 all rewards are exactly 0."""
+    """On CUDA the trunk runs in bf16, and how it rounds may depend on the shapes. So the reference
+    is scored in the batches and parts of the first epoch: at step 1 all rewards are exactly 0."""
     parts, response_logps = {True: [], False: []}, dpo.response_logps
 
     def watched(model, sequences):

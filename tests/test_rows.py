@@ -422,9 +422,10 @@ def test_converters_of_other_formats(chat, tmp_path, monkeypatch):
     assert names["transcript_texts"](row) == {
         "prompt": start, "chosen": " I saw it.", "rejected": " No."}
     assert names["plain"]({"text": " I saw\nit."}) == {"prompt": " I", "completion": " saw\nit."}
-    row = {"info": {"post": "A post."}, "choice": 1, "summaries": [{"text": " No."}, {"text": " It."}]}
+    row = {"info": {"post": "A."}, "choice": 1, "summaries": [{"text": " No."}, {"text": " It."}]}
     read = m.read_row(names["tldr"](row) | {"where": "F:1"}, chat, "chosen", "rejected")
-    assert read == {"prompt": "A post.\n\nTL;DR:", "chosen": " It.", "rejected": " No.", "where": "F:1"}
+    assert [read[key] for key in ("prompt", "chosen", "rejected")] == [
+        "A.\n\nTL;DR:", " It.", " No."]
     row = {"question": "In 2024?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}
     read = m.read_row(names["gsm8k"](row) | {"where": "F:1"}, chat, "answer")
     assert read["prompt"] == [ASK] and hir.final(read["answer"], "number") == 42
