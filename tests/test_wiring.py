@@ -377,7 +377,7 @@ def learn_rollouts(a, calls):
         drawn = rng.choices(prompts, k=a.batch_size // a.n)
         asked = [prompt for prompt in drawn for _ in range(a.n)]
         asked_for(call, policy, asked, rng.getrandbits(62))
-        assert (call.count, call.temperature) == (a.max_new_tokens, 1.0)
+        assert call.count == a.max_new_tokens
         sequences = [(ids, ids_of(text)) for ids, text in zip(call.prompts, call.texts)]
         scores = [a.missing_eos_score if text == CUT else judge(prompt, text)
                   for prompt, text in zip(asked, call.texts)]
@@ -486,7 +486,6 @@ def learn_hindsight(a, calls):
         if step % K == 0:
             rng, call = random.Random(f"{a.seed} episode {step}"), next(calls)
             wanted = rng.choices(ASKED, k=count)
-            assert call.temperature == a.temperature
             hint = text_ids(" Good:") if algo == "chain" else []
             assert all(ids[len(ids) - len(hint):] == hint for ids in call.prompts)
             call.prompts = [ids[:len(ids) - len(hint)] for ids in call.prompts]
@@ -570,6 +569,7 @@ def learn_corrections(a, calls):
 
 # --------------------------------------------------------------------------- two steps of each
 
+# A batch is two parts or more, of one row or more: by --max_tokens, which changes no result.
 COMMON = dict(lr=2e-3, batch_size=3, max_tokens=160, seed=3, max_new_tokens=12)
 PAIR = dict(COMMON, data="pairs.jsonl", epochs=2, max_length=32, adam_eps=1e-3)
 RANK = dict(PAIR, data="rankings.jsonl")
@@ -584,8 +584,9 @@ CASES = {
     "cdpo": (dpo, learn_pairs, dict(PAIR, beta=0.2, label_smoothing=0.3)),
     "ipo": (dpo, learn_pairs, dict(PAIR, beta=0.2, lora_rank=2)),
     "rdpo": (dpo, learn_pairs, dict(PAIR, beta=0.2, alpha=0.1)),
-    "kto": (kto, learn_labels, dict(PAIR, beta=0.3, lambda_desirable=1.3, lambda_undesirable=0.6)),
-    "kto_labels": (kto, learn_labels, dict(PAIR, beta=0.2, data="labels.jsonl",
+    "kto": (kto, learn_labels, dict(PAIR, beta=0.3, lambda_desirable=1.3, lambda_undesirable=0.6,
+                                    max_tokens=64)),
+    "kto_labels": (kto, learn_labels, dict(PAIR, beta=0.2, data="labels.jsonl", max_tokens=64,
                                            lambda_desirable=0.7, lambda_undesirable=2.0)),
     "simpo": (simpo, learn_pairs, dict(PAIR, beta=3.0, gamma_beta_ratio=0.3)),
     "cpo": (simpo, learn_pairs, dict(PAIR, beta=0.05, lam=0.5)),
@@ -595,11 +596,12 @@ CASES = {
     "pro": (rankings, learn_rankings, RANK),
     "ranking": (reward_model, learn_rewards, dict(RANK, model="reward")),
     "best_of_k": (reward_model, learn_rewards, dict(RANK, model="reward")),
-    "sft": (sft, learn_demonstrations, dict(PAIR, data="demonstrations.jsonl")),
-    "ppo": (ppo_rlhf, learn_rollouts, dict(PPO, kl_target=0.5, steps=3)),
+    "sft": (sft, learn_demonstrations, dict(PAIR, data="demonstrations.jsonl",
+                                             max_tokens=64)),
+    "ppo": (ppo_rlhf, learn_rollouts, dict(PPO, kl_target=0.5, steps=3, max_tokens=48)),
     "judged": (ppo_rlhf, learn_rollouts, dict(
         PPO, reward_model="reward", ppo_epochs=1, data="answers.jsonl")),
-    "raft": (raft, learn_rollouts, dict(ROLL, epochs=2)),
+    "raft": (raft, learn_rollouts, dict(ROLL, epochs=2, max_tokens=20)),
     "hir": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05, alternatives=2)),
     "farl": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05)),
     "chain": (chain_of_hindsight, learn_hindsight, HIR),
@@ -645,6 +647,7 @@ def test_steps_equal_a_plain_derivation(case, tmp_path, float64):
         toy_problems=lambda count: (problems[:3], problems[3:]),
         toy_instructions=lambda _, held_out: [dict(ASKED[0], length="long")] if held_out else ASKED)
     expected, model = derive(SimpleNamespace(**flags), calls)
+    assert all(call.temperature == flags.get("temperature", 1) for call in calls)
     assert len(rows) == len(expected)
     for row, numbers in zip(rows, expected):
         assert row == pytest.approx(numbers, rel=1e-5, abs=5e-6)  # some are logged in fp32
@@ -785,6 +788,46 @@ def test_first_of_forty_updates(name, tmp_path):
     peak = parent.DEFAULTS["lr"][0]  # tiny's
     assert group["lr"] == pytest.approx(peak / (10 if script is hir else 4))
     assert counts == HELD_OUT.get(script, [16])
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("own")])
+def test_which_models_are_evaluated(name, tmp_path):
+    """The trained one and the reference, in this order; or a model before its first update and
+    after its last, on the same rows, by Chain of Hindsight both times asked for a good output.
+    KTO's pairs are a desirable and an undesirable response each."""
+    script, flags = RUNS[name]
+    names, models, rows, rng = [], [], [], random.Random(0)
+    parent = PARENT.get(script, script)
+    pairs = [{"prompt": f"{i % 40}.", "chosen": KIND, "rejected": BAD} for i in range(80)]
+
+    def evaluate(*args):
+        rows.append([x for x in args if isinstance(x, (list, dict))])
+        names.append([x for x in args if isinstance(x, str)])
+        models.append([probe(x) for x in args if hasattr(x, "get_input_embeddings")])
+        return {args[0] if isinstance(args[0], str) else "after": {}}, []
+
+    flags = BRIEF | flags | {"reference": "reference", "steps": 1, "episodes": 1}
+    run(script, flags, tmp_path, evaluate=evaluate, toy_pairs=lambda *_: pairs,
+        sample=lambda model, tokenizer, prompts, *_, **__: [
+            ids_of(rng.choice(list(REVIEWS)[:5])) for _ in prompts],
+        toy_verdicts=lambda topics, text: [REVIEWS.get(text, [0])[0] > 0])
+    end = pytest.approx(number(load_file(tmp_path / "model.safetensors")[
+        "transformer.wte.weight"][EOS, 0]), abs=1e-9)
+    start = probe(plain("reference" if parent is ppo_rlhf else "tiny"))
+    if script is self_correct:
+        assert models == [[end]]
+    elif parent in (dpo, simpo, ppo_rlhf):
+        (policy, reference), = models
+        assert policy == end and reference == pytest.approx(start, abs=1e-9) != end
+    else:
+        (first,), (last,) = models
+        assert first != end == last and rows[0] == rows[1]
+        hint = [" Good:"] * (script is chain_of_hindsight)
+        assert names == [["before", *hint], ["after", *hint]]
+    if parent is dpo:
+        (test, prompts), = rows
+        assert len(test) == len(prompts) * 2 == 8
+        assert all((w[1], l[1]) == (ids_of(KIND), ids_of(BAD)) for w, l in test)
 
 
 DEFAULTS = [  # of the papers, or of docs/departures.md where it differs
@@ -940,16 +983,6 @@ def test_evaluation_of_corrections(monkeypatch):
     assert asked == [([*zip(problems, drafts)], 6), ([*zip(problems, turns[0])], 7)]
     assert [list(column.values()) for column in columns.values()] == [
         [0.625, 0.5, 0.5, 0], [0.75, 0.5, 0.75, 0.5], [0.75, 0.5, 1, 1]]
-
-
-def test_chain_of_hindsight_is_asked_for_a_good_output(tmp_path):
-    """Before training and after it."""
-    asked, rng = [], random.Random(0)
-    run(chain_of_hindsight, dict(BRIEF, **HALF), tmp_path,
-        evaluate=lambda *args: asked.append((args[0], *args[5:])) or NOTHING,
-        sample=lambda model, tokenizer, prompts, *_, **__: [
-            ids_of(rng.choice(list(REVIEWS))) for _ in prompts])
-    assert asked == [("before", " Good:"), ("after", " Good:")]
 
 
 def test_people_are_the_demonstrations_held_out(tmp_path, monkeypatch):
