@@ -335,3 +335,57 @@ def test_the_toy_has_no_room(script, tmp_path, capsys):
             ["--pairs", "4"] * (script in ("dpo", "simpo")))
     line = capsys.readouterr().err
     assert stop.value.code == 2 and "left" in line and line.count("\n") == 1, line
+
+
+class Code:
+    """Unpickling this runs code: it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_state_runs_no_code(stopped, reward, tmp_path, capsys):
+    """A state.pt is a pickle, and a folder of a run may come from elsewhere."""
+    folder, data = stopped("sft")
+    shutil.copytree(folder, tmp_path / "run")
+    state = torch.load(folder / "state.pt", weights_only=True)
+    torch.save(state | {"more": Code(tmp_path / "made")}, tmp_path / "run" / "state.pt")
+    fails(capsys, "no state of this script", "sft", tmp_path / "run", data, "--resume", reward)
+    assert not (tmp_path / "made").exists()
+
+
+# Flags that may change between the parts of a run. Of these only --lr and --samples change what
+# comes out, and both are there to be changed: after a divergence, or once the run is over.
+FREE = {"device", "save_every", "lr", "max_tokens", "samples", "model", "reference", "policy",
+        "generator", "reward_model", "data", "ptx_data"}
+
+
+@pytest.mark.parametrize("script", ROW)
+def test_each_flag_counts_when_a_run_is_resumed(script, tmp_path, capsys):
+    """One changed flag at a time: a flag that changes the result is named, and the free ones are
+    taken. (Models and data are compared by their content.)"""
+    module, network = importlib.import_module(script), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(network.parameters())
+    flags = vars(module.parse_args([]))
+
+    def state(**changes):
+        args = argparse.Namespace(**flags | {"out": str(tmp_path)} | changes)
+        this = hub.Run(args)
+        return this, this.load_state(network, optimizer)
+
+    state()[0].save_state(3, network, optimizer)
+    assert len(flags) > 12
+    for flag, value in flags.items():
+        if flag in ("out", "resume"):
+            continue
+        other = not value if isinstance(value, bool) else (
+            f"{value}x" if value is None or isinstance(value, str) else value + 1)
+        if flag in FREE:
+            assert state(resume=True, **{flag: other})[1]["step"] == 3
+            continue
+        with pytest.raises(SystemExit):
+            state(resume=True, **{flag: other})
+        assert f"was started with --{flag} {value};" in capsys.readouterr().err

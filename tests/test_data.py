@@ -123,6 +123,16 @@ def test_held_out_prompts_are_disjoint():
     assert split_by_prompt(rows[::-1])[2] == prompts  # whatever the order of the rows
 
 
+@pytest.mark.parametrize("prompts, count, held_out", [
+    (300, None, 16), (300, 5, 5), (300, 200, 30), (100, None, 10), (9, 200, 1), (2, None, 1)])
+def test_so_many_prompts_are_held_out(prompts, count, held_out):
+    """`count`, or a tenth where that is less, but at least one. A prompt may have several rows."""
+    rows = [{"prompt": f"p{i % prompts}"} for i in range(2 * prompts)]
+    learn, test, names = split_by_prompt(rows, *[count] * bool(count))
+    assert len(set(names)) == len(names) == held_out
+    assert (len(learn), len(test)) == (2 * prompts - 2 * held_out, 2 * held_out)
+
+
 @pytest.fixture(scope="module")
 def judge():
     """A reward model: tiny with a random head."""

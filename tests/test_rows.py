@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from conftest import ROOT
 from test_model import bpe, edit, new_folder, refused
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
 import dpo
 import hir
@@ -94,6 +94,20 @@ def test_bos_only_where_the_tokenizer_adds_one(adds, tmp_path):
     edit(tmp_path / "tokenizer_config.json", add_bos_token=adds)
     ours = m.Tokenizer(tmp_path)
     assert ours.encode_prompt("I saw") == [ours.eos_id] * adds + ours.encode("I saw")
+
+
+def test_a_chat_has_one_bos(tmp_path):
+    """The template writes it, and this tokenizer would add one, too, as Llama's does. A text gets
+    the tokenizer's."""
+    theirs = bpe(tmp_path, template="{{ bos_token }}" + TURNS)
+    theirs._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", theirs.bos_token_id)])
+    theirs.save_pretrained(tmp_path)
+    ours = m.Tokenizer(tmp_path)
+    assert ours.bos_id == ours.transformers.encode("a")[0] == theirs.bos_token_id
+    for prompt in ([ASK], [ASK, TELL, ASK], "I saw"):
+        for ids in (ours.encode_prompt(prompt), sum(ours.encode_example(prompt, "No.", 99), [])):
+            assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1
 
 
 ROWS = {  # several spellings of one pair

@@ -377,7 +377,7 @@ def learn_rollouts(a, calls):
         drawn = rng.choices(prompts, k=a.batch_size // a.n)
         asked = [prompt for prompt in drawn for _ in range(a.n)]
         asked_for(call, policy, asked, rng.getrandbits(62))
-        assert (call.count, call.temperature) == (a.max_new_tokens, 1.0)
+        assert call.count == a.max_new_tokens
         sequences = [(ids, ids_of(text)) for ids, text in zip(call.prompts, call.texts)]
         scores = [a.missing_eos_score if text == CUT else judge(prompt, text)
                   for prompt, text in zip(asked, call.texts)]
@@ -486,7 +486,6 @@ def learn_hindsight(a, calls):
         if step % K == 0:
             rng, call = random.Random(f"{a.seed} episode {step}"), next(calls)
             wanted = rng.choices(ASKED, k=count)
-            assert call.temperature == a.temperature
             hint = text_ids(" Good:") if algo == "chain" else []
             assert all(ids[len(ids) - len(hint):] == hint for ids in call.prompts)
             call.prompts = [ids[:len(ids) - len(hint)] for ids in call.prompts]
@@ -570,6 +569,7 @@ def learn_corrections(a, calls):
 
 # --------------------------------------------------------------------------- two steps of each
 
+# A batch is two parts or more, of one row or more: by --max_tokens, which changes no result.
 COMMON = dict(lr=2e-3, batch_size=3, max_tokens=160, seed=3, max_new_tokens=12)
 PAIR = dict(COMMON, data="pairs.jsonl", epochs=2, max_length=32, adam_eps=1e-3)
 RANK = dict(PAIR, data="rankings.jsonl")
@@ -584,8 +584,9 @@ CASES = {
     "cdpo": (dpo, learn_pairs, dict(PAIR, beta=0.2, label_smoothing=0.3)),
     "ipo": (dpo, learn_pairs, dict(PAIR, beta=0.2, lora_rank=2)),
     "rdpo": (dpo, learn_pairs, dict(PAIR, beta=0.2, alpha=0.1)),
-    "kto": (kto, learn_labels, dict(PAIR, beta=0.3, lambda_desirable=1.3, lambda_undesirable=0.6)),
-    "kto_labels": (kto, learn_labels, dict(PAIR, beta=0.2, data="labels.jsonl",
+    "kto": (kto, learn_labels, dict(PAIR, beta=0.3, lambda_desirable=1.3, lambda_undesirable=0.6,
+                                    max_tokens=64)),
+    "kto_labels": (kto, learn_labels, dict(PAIR, beta=0.2, data="labels.jsonl", max_tokens=64,
                                            lambda_desirable=0.7, lambda_undesirable=2.0)),
     "simpo": (simpo, learn_pairs, dict(PAIR, beta=3.0, gamma_beta_ratio=0.3)),
     "cpo": (simpo, learn_pairs, dict(PAIR, beta=0.05, lam=0.5)),
@@ -595,11 +596,12 @@ CASES = {
     "pro": (rankings, learn_rankings, RANK),
     "ranking": (reward_model, learn_rewards, dict(RANK, model="reward")),
     "best_of_k": (reward_model, learn_rewards, dict(RANK, model="reward")),
-    "sft": (sft, learn_demonstrations, dict(PAIR, data="demonstrations.jsonl")),
-    "ppo": (ppo_rlhf, learn_rollouts, dict(PPO, kl_target=0.5)),
+    "sft": (sft, learn_demonstrations, dict(PAIR, data="demonstrations.jsonl",
+                                             max_tokens=64)),
+    "ppo": (ppo_rlhf, learn_rollouts, dict(PPO, kl_target=0.5, steps=3, max_tokens=48)),
     "judged": (ppo_rlhf, learn_rollouts, dict(
         PPO, reward_model="reward", ppo_epochs=1, data="answers.jsonl")),
-    "raft": (raft, learn_rollouts, dict(ROLL, epochs=2)),
+    "raft": (raft, learn_rollouts, dict(ROLL, epochs=2, max_tokens=20)),
     "hir": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05, alternatives=2)),
     "farl": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05)),
     "chain": (chain_of_hindsight, learn_hindsight, HIR),
@@ -645,6 +647,7 @@ def test_steps_equal_a_plain_derivation(case, tmp_path, float64):
         toy_problems=lambda count: (problems[:3], problems[3:]),
         toy_instructions=lambda _, held_out: [dict(ASKED[0], length="long")] if held_out else ASKED)
     expected, model = derive(SimpleNamespace(**flags), calls)
+    assert all(call.temperature == flags.get("temperature", 1) for call in calls)
     assert len(rows) == len(expected)
     for row, numbers in zip(rows, expected):
         assert row == pytest.approx(numbers, rel=1e-5, abs=5e-6)  # some are logged in fp32
@@ -732,6 +735,128 @@ def test_seeds_and_held_out_prompts(name, tmp_path):
         name = "transformer.ln_f.weight"
         assert not torch.equal(other[3][name], weights[name])
         assert not set(seeds) & set(other[2])
+
+
+# ------------------------------------------------------ what no short run shows: rates, defaults
+
+
+def test_schedule():
+    """The rate rises for a tenth of the steps, or another share, and then falls along a line to 0,
+    which it would reach in the step after the last."""
+    assert [sft.schedule(t, 20) for t in range(20)] == pytest.approx(
+        [1 / 2, 1] + [(19 - k) / 19 for k in range(1, 19)])
+    assert [sft.schedule(t, 8, warmup=0.5) for t in range(8)] == pytest.approx(
+        [1 / 4, 2 / 4, 3 / 4, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5])
+    assert [sft.schedule(t, 3) for t in range(3)] == [1, 2 / 3, 1 / 3] and sft.schedule(0, 1) == 1
+
+
+class Reached(Exception):
+    pass
+
+
+HELD_OUT = {sft: [200], reward_model: [200], simpo: [256], rankings: [256], hir: [],
+            chain_of_hindsight: [], self_correct: []}  # prompts; three toys hold others out
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("own")])
+def test_first_of_forty_updates(name, tmp_path):
+    """Weights do not decay, and the rate is a fourth of its peak: it rises for a tenth of the
+    updates. In hir.py it rises for a quarter of them."""
+    script, flags = RUNS[name]
+    counts, split = [], helper.split_by_prompt
+
+    def watched_split(rows, count=16):
+        counts.append(count)
+        return split(rows, count)
+
+    def stop(optimizer, *_):
+        raise Reached(optimizer.param_groups)
+
+    flags = BRIEF | flags | {"steps": 40, "episodes": 20}
+    if script is self_correct:
+        flags["rounds"] = 40
+    rng = random.Random(0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Reached) as reached:
+        patch.setattr(torch.optim.AdamW, "step", stop)
+        run(script, flags, tmp_path, evaluate=lambda *_: NOTHING, split_by_prompt=watched_split,
+            sample=lambda model, tokenizer, prompts, *_, **__: [
+                ids_of(rng.choice(list(REVIEWS)[:5])) for _ in prompts],
+            toy_verdicts=lambda topics, text: [REVIEWS.get(text, [0])[0] > 0])
+    group, = reached.value.args[0]
+    parent = {raft: ppo_rlhf, chain_of_hindsight: hir}.get(script, script)
+    assert (group["weight_decay"], group["betas"]) == (0, (0.9, 0.95))
+    peak = parent.DEFAULTS["lr"][0]  # tiny's
+    assert group["lr"] == pytest.approx(peak / (10 if script is hir else 4))
+    assert counts == HELD_OUT.get(script, [16])
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("own")])
+def test_which_models_are_evaluated(name, tmp_path):
+    """The trained one and the reference, in this order; or a model before its first update and
+    after its last, on the same rows, by Chain of Hindsight both times asked for a good output.
+    KTO's pairs are a desirable and an undesirable response each."""
+    script, flags = RUNS[name]
+    names, models, rows, rng = [], [], [], random.Random(0)
+    parent = PARENT.get(script, script)
+    pairs = [{"prompt": f"{i % 40}.", "chosen": KIND, "rejected": BAD} for i in range(80)]
+
+    def evaluate(*args):
+        rows.append([x for x in args if isinstance(x, (list, dict))])
+        names.append([x for x in args if isinstance(x, str)])
+        models.append([probe(x) for x in args if hasattr(x, "get_input_embeddings")])
+        return {args[0] if isinstance(args[0], str) else "after": {}}, []
+
+    flags = BRIEF | flags | {"reference": "reference", "steps": 1, "episodes": 1}
+    run(script, flags, tmp_path, evaluate=evaluate, toy_pairs=lambda *_: pairs,
+        sample=lambda model, tokenizer, prompts, *_, **__: [
+            ids_of(rng.choice(list(REVIEWS)[:5])) for _ in prompts],
+        toy_verdicts=lambda topics, text: [REVIEWS.get(text, [0])[0] > 0])
+    end = pytest.approx(number(load_file(tmp_path / "model.safetensors")[
+        "transformer.wte.weight"][EOS, 0]), abs=1e-9)
+    start = probe(plain("reference" if parent is ppo_rlhf else "tiny"))
+    if script is self_correct:
+        assert models == [[end]]
+    elif parent in (dpo, simpo, ppo_rlhf):
+        (policy, reference), = models
+        assert policy == end and reference == pytest.approx(start, abs=1e-9) != end
+    else:
+        (first,), (last,) = models
+        assert first != end == last and rows[0] == rows[1]
+        hint = [" Good:"] * (script is chain_of_hindsight)
+        assert names == [["before", *hint], ["after", *hint]]
+    if parent is dpo:
+        (test, prompts), = rows
+        assert len(test) == len(prompts) * 2 == 8
+        assert all((w[1], l[1]) == (ids_of(KIND), ids_of(BAD)) for w, l in test)
+
+
+DEFAULTS = [  # of the papers, or of docs/departures.md where it differs
+    (dpo, "", dict(beta=0.5, label_smoothing=0, alpha=0.05)), (dpo, "ipo", dict(beta=0.1)),
+    (kto, None, dict(beta=0.5, lambda_desirable=1, lambda_undesirable=1)),
+    (simpo, "", dict(beta=2, gamma_beta_ratio=0.5)), (simpo, "cpo", dict(beta=0.1, lam=1)),
+    (simpo, "orpo", dict(lam=0.1)), (simpo, "slic", dict(delta=1, lam=1)),
+    (ppo_rlhf, None, dict(beta=0.5, kl_target=None, lam=1, ppo_epochs=4, ptx_coef=1,
+                          missing_eos_score=-1)),
+    (raft, None, dict(beta=0.5, n=4)), (rankings, "rrhf", dict(lam=None)),
+    (hir, None, dict(alpha=1, beta=0.001, alternatives=1, label_smoothing=0.2, temperature=0.6)),
+    (self_correct, None, dict(alpha=10, beta=1, feedback="text"))]
+
+
+@pytest.mark.parametrize("script, loss, values", DEFAULTS)
+def test_defaults_of_the_objectives(script, loss, values):
+    """Those that the flags have; None is filled in by the loss."""
+    args = vars(script.parse_args([f"--loss={loss}"] * bool(loss)))
+    assert {name: args[name] for name in values} == values
+
+
+def test_default_weight_of_sft_in_rrhf(tmp_path):
+    """1, as in its paper. (That of PRO: the case "pro" above.)"""
+    def stop(*inputs):
+        raise Reached(inputs[-1])
+
+    with pytest.raises(Reached) as reached:
+        run(rankings, dict(RANK, loss="rrhf"), tmp_path, rrhf_loss=stop)
+    assert reached.value.args == (1,)
 
 
 # ------------------------------------------------------------------ evaluation, bf16, the terminal
@@ -899,6 +1024,23 @@ def test_evaluation_of_corrections(monkeypatch):
     assert asked == [([*zip(problems, drafts)], 6), ([*zip(problems, turns[0])], 7)]
     assert [list(column.values()) for column in columns.values()] == [
         [0.625, 0.5, 0.5, 0], [0.75, 0.5, 0.75, 0.5], [0.75, 0.5, 1, 1]]
+
+
+def test_people_are_the_demonstrations_held_out(tmp_path, monkeypatch):
+    """The first column of sft.py is the true reward of texts that no model has learned from: the
+    same rows as those whose loss is printed beside it."""
+    rows = [{"prompt": f"Film {i}.", "completion": " superb" * i + "."} for i in range(20)]
+    monkeypatch.setattr(sft, "toy_rows", lambda *_: rows)
+    seen, tables = [], []
+    monkeypatch.setattr(sft, "evaluate", lambda name, model, tokenizer, rows, args: (
+        seen.append([row["prompt"] for row in rows]) or ({name: {}}, [])))
+    monkeypatch.setattr(helper.Run, "report", lambda run, columns, *_, **__: tables.append(columns))
+    sft.main(f"--out {tmp_path} --steps 1 --batch_size 2 --device cpu".split())
+    _, held_out, _ = helper.split_by_prompt(rows)
+    rewards = [row["completion"].count("superb") for row in held_out]
+    people = {"samples/true_reward": fmean(rewards)}
+    assert tables == [{"people": people, "before": {}, "after": {}}]
+    assert seen == [[row["prompt"] for row in held_out]] * 2 and len(rewards) == 2
 
 
 @pytest.mark.parametrize("script", [sft, reward_model, dpo, simpo, ppo_rlhf, hir, self_correct])
