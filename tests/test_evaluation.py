@@ -30,7 +30,8 @@ REVIEWS = {(1, EOS): " The plot was plain.", (2, EOS): " The plot was superb.",
            (4, 5, 1, EOS): " The plot was dull and weak and plain."}  # this one is no review
 TRUE = dict(zip(REVIEWS.values(), (0, 1, 2, -1, -2)))
 A = SimpleNamespace(seed=3, data=None, max_new_tokens=12, max_tokens=20, missing_eos_score=-1.0,
-                    reward_model=None, beta=0.7, samples=40, n=3, loss="dpo")
+                    reward_model=None, beta=0.7, samples=40, n=3, loss="dpo", label_smoothing=0.0,
+                    match="all")
 
 
 def network(name, table=None):
@@ -119,7 +120,8 @@ def test_each_sample_is_of_its_prompt(script, writes, float64):
         return torch.tensor([scale[prompt] * TRUE[text] for prompt, text in zip(prompts, texts)])
 
     if script is dpo:
-        pairs = [[(ids, [2, EOS]), (ids, [4, EOS])] for ids in PROMPTS.values()]
+        pairs = [{"prompt": prompt, "pair": [(ids, [2, EOS]), (ids, [4, EOS])]}
+                 for prompt, ids in PROMPTS.items()]
         columns, samples = dpo.evaluate(POLICY, REFERENCE, tokenizer, pairs, prompts, A)
     else:
         columns, samples = ppo_rlhf.evaluate(POLICY, REFERENCE, reward, tokenizer, prompts, A)

@@ -827,7 +827,8 @@ def test_which_models_are_evaluated(name, tmp_path):
     if parent is dpo:
         (test, prompts), = rows
         assert len(test) == len(prompts) * 2 == 8
-        assert all((w[1], l[1]) == (ids_of(KIND), ids_of(BAD)) for w, l in test)
+        assert all((w[1], l[1]) == (ids_of(KIND), ids_of(BAD))
+                   for w, l in [row["pair"] for row in test])
 
 
 DEFAULTS = [  # of the papers, or of docs/departures.md where it differs
@@ -844,9 +845,10 @@ DEFAULTS = [  # of the papers, or of docs/departures.md where it differs
 
 @pytest.mark.parametrize("script, loss, values", DEFAULTS)
 def test_defaults_of_the_objectives(script, loss, values):
-    """Those that the flags have; None is filled in by the loss."""
-    args = vars(script.parse_args([f"--loss={loss}"] * bool(loss)))
-    assert {name: args[name] for name in values} == values
+    """Those that the flags have, for tiny; None is filled in by the loss."""
+    args = script.parse_args([f"--loss={loss}"] * bool(loss))
+    helper.fill_defaults(args, getattr(script, "DEFAULTS", {}), small=True)
+    assert {name: vars(args)[name] for name in values} == values
 
 
 def test_default_weight_of_sft_in_rrhf(tmp_path):
