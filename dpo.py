@@ -387,7 +387,7 @@ def pair_metrics(losses, rewards, lengths, prompts, args):
             numbers |= {"pairs/longer_chosen": (longer > 0).float(),
                         "rewards/accuracy_longer": right.where(longer > 0, math.nan),
                         "rewards/accuracy_shorter": right.where(longer < 0, math.nan)}
-    return mean_by_prompt(numbers, prompts)
+    return mean_by_prompt(numbers, prompts) | {"pairs/held_out": len(prompts)}
 
 
 def evaluate(policy, reference, tokenizer, test, prompts, args):
@@ -545,7 +545,7 @@ def train(args):
 
 
 # Defaults: below 10M parameters; above, in the toy; above, with --data.
-DEFAULTS = {"beta": (0.5, 0.5, 0.1), "lr": (6e-4, 3e-5, 2e-5), "batch_size": (48, 8, None),
+DEFAULTS = {"beta": (0.5, 0.5, 0.1), "lr": (6e-4, 3e-5, 1.5e-5), "batch_size": (48, 8, None),
             "pairs": (6144, 160, None), "adam_eps": (1e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
 
 

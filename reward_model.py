@@ -322,7 +322,8 @@ def evaluate(name, model, tokenizer, rows, args):
         # The Bayes ceiling: nothing predicts the toy's human better than the true reward does.
         numbers["pairs/ceiling"] = true_margins.abs().sigmoid()
     metrics = mean_by_prompt({"loss": losses}, [row["prompt"] for row in rows])
-    metrics |= mean_by_prompt(numbers, prompts) | {"calibration/error": calibration_error(margins)}
+    metrics |= mean_by_prompt(numbers, prompts)
+    metrics |= {"calibration/error": calibration_error(margins), "pairs/held_out": len(pairs)}
     return {name: metrics}, samples
 
 

@@ -355,7 +355,7 @@ def pair_metrics(losses, rewards, lengths, prompts, args):
             numbers |= {"pairs/longer_chosen": (longer > 0).float(),
                         "rewards/accuracy_longer": right.where(longer > 0, math.nan),
                         "rewards/accuracy_shorter": right.where(longer < 0, math.nan)}
-    return mean_by_prompt(numbers, prompts)
+    return mean_by_prompt(numbers, prompts) | {"pairs/held_out": len(prompts)}
 
 
 def evaluate(policy, reference, tokenizer, test, args):

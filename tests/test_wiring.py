@@ -894,6 +894,8 @@ def test_evaluation_equals_a_plain_derivation(script, monkeypatch, float64):
         result, _ = dpo.evaluate(policy, reference, tokenizer, rows, test, a)
         margins = [a.beta * (log_ratio(row["prompt"], row["chosen"])
                              - log_ratio(row["prompt"], row["rejected"])) for row in PAIRS]
+        for column in columns:
+            column["pairs/held_out"] = len(PAIRS)
         columns[0] |= helper.mean_by_prompt(
             {"loss": torch.full((len(PAIRS),), math.log(2)),
              "rewards/margin": torch.zeros(len(PAIRS))}, [row["prompt"] for row in PAIRS])
@@ -942,6 +944,7 @@ def test_pairs_that_are_told_by_their_length():
     metrics = dpo.pair_metrics(None, 0.5 * lengths, lengths, "abcd", a)
     assert {key: x for key, x in metrics.items() if not key.endswith("_se")} == {
         "rewards/margin": 0.125, "rewards/accuracy": 0.5, "pairs/longer_chosen": 0.5,
+        "pairs/held_out": 4,
         "rewards/accuracy_longer": 1, "rewards/accuracy_shorter": 0}
     assert "rewards/accuracy" not in dpo.pair_metrics(None, 0.0 * lengths, lengths, "abcd", a)
 
@@ -967,6 +970,7 @@ def test_evaluation_of_a_reward_model():
     expected |= helper.mean_by_prompt({
         "pairs/accuracy": torch.tensor([float(margin > 0) for margin in margins]),
         "pairs/ceiling": torch.tensor([1 / (1 + math.exp(-gap)) for gap in gaps])}, prompts)
+    expected["pairs/held_out"] = len(prompts)
     expected["calibration/error"] = reward_model.calibration_error(torch.tensor(margins))
     assert columns["now"] == pytest.approx(expected, rel=1e-4)
     model.score.weight.data.zero_()  # equal texts in one pass could differ by rounding
