@@ -37,6 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "figures"
 ONE, THREE, FIVE, EIGHT, FORTY = (range(n) for n in (1, 3, 5, 8, 40))
+VERIFIED = "-m variants.grpo --toy instructions --beta 0 --lr 1e-3"
 ALL = ("all",)  # a lesson or benchmark that knows its own seeds
 # name: (command, seeds, CPU seconds of one run). RUNS in a command is the folder of all runs.
 RUNS = {
@@ -55,6 +56,21 @@ RUNS = {
     "reward_hacking": ("-m lessons.reward_hacking", ALL, 600),
     "online": ("-m lessons.rounds labels", ALL, 1100),
     "vanishing": ("-m lessons.vanishing", ALL, 400),
+    "ppo_lam": ("ppo_rlhf.py --lam 0.95", FIVE, 95),
+    "rloo": ("-m variants.grpo --preset rloo", FIVE, 60),
+    "rloo_long": ("-m variants.grpo --preset rloo --steps 57", FIVE, 85),
+    "grpo": ("-m variants.grpo", FIVE, 60),
+    "grpo_long": ("-m variants.grpo --steps 57", FIVE, 85),
+    "grpo_k1": ("-m variants.grpo --kl reward", FIVE, 60),
+    "dr_grpo": ("-m variants.grpo --preset dr_grpo", FIVE, 60),
+    "dr_grpo_k3": ("-m variants.grpo --preset dr_grpo --kl loss", FIVE, 60),
+    "dr_grpo_corrected": ("-m variants.grpo --preset dr_grpo --kl corrected", FIVE, 60),
+    "verified_rloo_1": (f"{VERIFIED} --preset rloo --requirements 1 --n 8", FIVE, 60),
+    "verified_grpo_1": (f"{VERIFIED} --requirements 1 --n 8", FIVE, 60),
+    "verified_rloo_2": (f"{VERIFIED} --preset rloo --requirements 2 --n 8", FIVE, 60),
+    "verified_grpo_2": (f"{VERIFIED} --requirements 2 --n 8", FIVE, 60),
+    "verified_rloo_3": (f"{VERIFIED} --preset rloo --n 16", FIVE, 60),
+    "verified_grpo_3": (f"{VERIFIED} --n 16", FIVE, 60),
     "dpo": ("dpo.py", FORTY, 60),
     "cdpo": ("dpo.py --label_smoothing 0.1", THREE, 65),
     "ipo": ("dpo.py --loss ipo", THREE, 75),

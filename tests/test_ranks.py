@@ -55,7 +55,8 @@ def test_two_processes_end_as_one(flags, tmp_path, float64):
     """Both hold equal weights, bit for bit, also if they were stopped and resumed; one process
     ends with the same, up to the order in which gradients are added. All is in float64."""
     runs = {"sft": ["--max_tokens=90"], "simpo": ["--max_tokens=99"], "dpo": ["--max_tokens=150"]}
-    lines = [f"ppo_rlhf --steps=2 --batch_size=6 --n=2 --device=cpu --out={tmp_path}/ppo"]
+    lines = [f"{name} --steps=2 --batch_size=6 --n=2 --device=cpu --out={tmp_path}/{name}"
+             for name in ("ppo_rlhf", "variants.grpo")]
     lines += [f"{name} {' '.join(flags + more)} --out={tmp_path}/{name}"
               for name, more in runs.items()]
     lines += [lines[-1] + "_resumed --save_every=2"]
@@ -64,7 +65,7 @@ def test_two_processes_end_as_one(flags, tmp_path, float64):
     assert done.stdout.count("All that this run has made") == 1, done.stderr
     ends = {path.parent.name: [torch.load(path.with_name(f"rank{i}")) for i in (0, 1)]
             for path in tmp_path.glob("*/rank0")}
-    assert len(ends) == 5
+    assert len(ends) == 6
     for first, second in [*ends.values(), (ends["dpo"][0], ends["dpo_resumed"][0])]:
         assert all(map(torch.equal, first.values(), second.values()))
     for script, more in runs.items():

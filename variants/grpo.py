@@ -113,9 +113,9 @@ def train(args, reward=None):
         reference, other = load_model(args.reference or args.model, "lm", args.device)
         if other.transformers.get_vocab() != tokenizer.transformers.get_vocab():
             fail(f"--reference {args.reference}: its tokenizer is not that of --model {args.model}")
-        prompts, held_out = load_prompts(tokenizer, policy.small, args)
         if not reward and args.data and not args.reward_model:
             reward = load_verifier(tokenizer, args.data, verify)
+        prompts, held_out = load_prompts(tokenizer, policy.small, args)
         reward = reward or load_reward(reference, tokenizer, prompts, args)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
                                   weight_decay=0.0, fused=True)
@@ -153,12 +153,12 @@ def train(args, reward=None):
                                               "constant": args.max_new_tokens}[args.divisor]
 
         # 6. A few passes over the rollout, in two minibatches each.
-        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args.steps)
+        optimizer.param_groups[0]["lr"] = row["lr"] = args.lr * schedule(step, args.steps)
         losses, norms, B = [], [], len(sequences)
         passes = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
         for minibatch in [order[i::2] for order in passes for i in (0, 1)]:
             for part in share(split_batch([[sequences[b]] for b in minibatch], args.max_tokens)):
-                part = [minibatch[i] for i in part]  # b rows of the batch
+                part = [minibatch[i] for i in part]  # b of the B rows
                 own = token_logps(policy, [sequences[b] for b in part], mask.shape[1])  # (b, R)
                 loss = grpo_loss(own, logps[part], reference_logps[part], advantages[part],
                                  mask[part], divisor[part], beta=beta,
@@ -178,7 +178,6 @@ def train(args, reward=None):
         k1, k3 = map(float, kl_estimates(logps, reference_logps, mask))
         sd = scores.std(1, correction=0)  # (P,)
         row |= {"step": step + 1,
-                "lr": lr,
                 "kl/policy_reference": k1,
                 "kl/k3": k3,
                 "scores/std_per_prompt": float(sd.mean()),
@@ -198,7 +197,7 @@ def train(args, reward=None):
     run.report(columns, samples, panels=[
         ["scores/mean", "samples/true_reward"],
         ["kl/policy_reference", "kl/k3"],
-        ["scores/equal", "scores/std_per_prompt"]])
+        ["scores/equal"]])
     return columns["after"]
 
 
@@ -215,20 +214,19 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--preset", default="grpo", choices=PRESETS, help="sets the next three flags")
     flag("--advantage", choices=["group", "centered", "leave_one_out"],
-         help="of a score: minus the group's mean, divided by its SD; minus the mean; minus the "
-         "mean of the others")
-    flag("--divisor", choices=["length", "tokens", "constant"], help="of the sum over a response's "
-         "tokens: its length; the mean length; --max_new_tokens")
+         help="score minus the group's mean, in SDs; minus the mean; minus the others' mean")
+    flag("--divisor", choices=["length", "tokens", "constant"],
+         help="of a response's sum over tokens: its length; the mean length; --max_new_tokens")
     flag("--kl", choices=["loss", "corrected", "reward", "none"],
          help="beta times k3 in the loss; times q k3; beta times k1 in the reward; no penalty")
     flag("--beta", type="amount", default=0.5,
          help="price of a nat of KL, in the training and in J; 0.02 is usual with --data")
     flag("--ppo_epochs", type="positive", default=4,
          help="passes over a step's samples, two updates each")
-    flag("--toy", choices=["instructions"], help="without --data: instructions as in hir.py, with "
-         "the reward 1 for a review that does all it is asked, else 0; None: the toy of ppo_rlhf.py")
-    flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: an instruction asks "
-         "for a length; and a mood; and a topic")
+    flag("--toy", choices=["instructions"],
+         help="those of hir.py, rewarded if all is done as asked; None: the reviews of ppo_rlhf.py")
+    flag("--requirements", type=int, default=3, choices=[1, 2, 3],
+         help="an instruction asks for a length; and a mood; and a topic")
     args = parser.parse_args(argv)
     parser.set_defaults(**PRESETS[args.preset])
     if args.toy or args.data and not args.reward_model:
