@@ -641,7 +641,7 @@ CASES = {
     "dr_grpo": (grpo, learn_rollouts, dict(
         GROUPS, advantage="centered", divisor="constant", kl="corrected")),
     "rloo": (grpo, learn_rollouts, dict(
-        GROUPS, advantage="leave_one_out", divisor="constant", kl="reward")),
+        GROUPS, advantage="leave_one_out", divisor="constant", kl="reward", max_tokens=40)),
     "verified": (grpo, learn_rollouts, dict(
         GROUPS, advantage="group", divisor="tokens", kl="none", data="answers.jsonl")),
     "hir": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05, alternatives=2)),
@@ -705,9 +705,10 @@ BRIEF = dict(batch_size=8, max_new_tokens=16, samples=12, steps=2, pairs=16, ran
 HALF = dict(rounds=4, epochs=0.5, updates_per_round=0.5)
 RUNS = {
     "dpo": (dpo, {}), "kto": (kto, {}), "simpo": (simpo, {}), "rankings": (rankings, {}),
-    "reward_model": (reward_model, {}), "ppo": (ppo_rlhf, {}), "raft": (raft, {}), "grpo": (grpo, {"n": 2}),
-    "hir": (hir, HALF), "chain": (chain_of_hindsight, HALF), "self_correct": (self_correct, HALF),
-    "sft": (sft, {}), "own pairs": (dpo, {"data": "pairs.jsonl"}),
+    "reward_model": (reward_model, {}), "ppo": (ppo_rlhf, {}), "raft": (raft, {}),
+    "grpo": (grpo, {"n": 2}), "hir": (hir, HALF), "chain": (chain_of_hindsight, HALF),
+    "self_correct": (self_correct, HALF), "sft": (sft, {}),
+    "own pairs": (dpo, {"data": "pairs.jsonl"}),
     "own texts": (sft, {"data": "demonstrations.jsonl"}),
     "own rankings": (reward_model, {"data": "rankings.jsonl"}),
     "own prompts": (ppo_rlhf, {"data": "answers.jsonl", "reward_model": "reward"}),
