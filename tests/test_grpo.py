@@ -368,14 +368,14 @@ def test_a_group_of_one_ends_with_a_line(tmp_path, capsys):
 
 
 def test_equal_scores_are_counted(tmp_path, monkeypatch):
-    """Of 4 prompts 3 have two equal scores; they add nothing to the loss. If all have, the loss is
-    0, the weights stay, and scores/equal says why."""
+    """One of 2 prompts has 7 equal scores; in fp32 their SD is not 0. If both have, the loss and
+    the gradient are 0, and scores/equal says why."""
     monkeypatch.setattr(grpo, "evaluate", lambda *_: ({"after": {}}, []))
-    for scores, equal in (([0, 1, 1, 1, 0, 0, 0.1, 0.1], 0.75), ([1.0] * 8, 1.0)):
-        args = grpo.parse_args(["--preset", "rloo", "--beta", "0", "--n", "2", "--batch_size", "8",
+    for scores, equal in (([0.7] * 7 + [0, 1, 0, 0, 1, 0, 0], 0.5), ([1.0] * 14, 1.0)):
+        args = grpo.parse_args(["--preset", "rloo", "--beta", "0", "--n", "7", "--batch_size", "14",
                                 "--steps", "1", "--samples", "1", "--device", "cpu",
                                 "--out", str(tmp_path / "run")])
-        grpo.train(args, lambda prompts, texts: torch.tensor(scores * 2)[:len(texts)])
+        grpo.train(args, lambda prompts, texts: torch.tensor(scores))
         row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
         assert row["scores/equal"] == equal
         assert (row["policy/loss"] == row["policy/grad_norm"] == 0) == (equal == 1)

@@ -1,6 +1,7 @@
 """What the lessons define themselves: formulas against enumeration, and rewards of their own."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import R, REF, v
 
 import dpo
 import ppo_rlhf
-from lessons import frontier, rounds, vanishing
+from lessons import divisors, frontier, rounds, vanishing
 from variants import raft
 
 LOGPS = REF.log()[None]  # (1, 5): the bandit is one prompt
@@ -77,3 +78,9 @@ def test_what_two_lessons_count(tmp_path):
         "kl/policy_reference": i, "samples/true_reward": 10 * i, "samples/grammatical": 1}) + "\n"
         for i in range(20)))
     assert rounds.reward_at(7.1, [tmp_path]) == [70, 7, 1]
+
+
+def test_lengths_of_right_and_wrong_answers():
+    steps = [[(10, 1.0), (20, 0.0), (40, 0.0)], [(30, 1.0)]]
+    assert [divisors.mean_tokens(steps, right) for right in (0, 1)] == [30, 20]
+    assert math.isnan(divisors.mean_tokens(steps[1:], 0))
