@@ -57,8 +57,8 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("kind", ["group", "centered", "leave_one_out"])
 def test_equal_scores_teach_nothing(kind):
-    """In fp32 the mean of seven scores of 0.7 is off by 6e-8, and so is their SD. With only 1e-8
-    beside the SD all seven advantages would be 0.86; with 1e-4 they are 0.0006."""
+    """In fp32 the mean of seven scores of 0.7 is off by 6e-8, and their SD is 6e-8 or 0. With only
+    1e-8 beside it all seven advantages would be 0.86 or 6; with 1e-4 they are 0.0006."""
     assert group_advantages(torch.full((2, 7), 0.7), kind).abs().max() < 1e-3
 
 
@@ -268,9 +268,9 @@ def test_answers_are_those_that_would_be_learned(tiny, tmp_path, monkeypatch):
     reward = verified.load_verifier(tokenizer, tmp_path / "data")
     sorted_keys = [dict(sorted(messages[0].items()))]
     assert list(sorted_keys[0]) != list(messages[0])
-    asked = ["2 + 2 ="] * 4 + ["3 + 3 ="] * 2 + [sorted_keys] * 2
-    texts = ["4", " four", "6", "44", "6", "4", "42", "42 ok"]
-    assert reward(asked, texts).tolist() == [1, 1, 0, 0, 1, 0, 0, 1]
+    asked = ["2 + 2 ="] * 4 + ["3 + 3 ="] * 2 + [sorted_keys] * 2 + [messages]
+    texts = ["4", " four", "6", "44", "6", "4", "42", "42 ok", "42 ok"]
+    assert reward(asked, texts).tolist() == [1, 1, 0, 0, 1, 0, 0, 1, 1]
 
 
 def test_instructions_are_rewarded_as_hir_follows_them(tiny, monkeypatch, capsys):
@@ -367,15 +367,32 @@ def test_a_group_of_one_ends_with_a_line(tmp_path, capsys):
     assert stop.value.code == 2 and line.startswith("error: --n 1:") and line.count("\n") == 1
 
 
-def test_equal_scores_are_counted(tmp_path, monkeypatch):
-    """One of 2 prompts has 7 equal scores; in fp32 their SD is not 0. If both have, the loss and
-    the gradient are 0, and scores/equal says why."""
+@pytest.fixture
+def one_step(tmp_path, monkeypatch):
+    """A function: seven scores of each prompt -> the line of one step of RLOO without a penalty."""
     monkeypatch.setattr(grpo, "evaluate", lambda *_: ({"after": {}}, []))
-    for scores, equal in (([0.7] * 7 + [0, 1, 0, 0, 1, 0, 0], 0.5), ([1.0] * 14, 1.0)):
-        args = grpo.parse_args(["--preset", "rloo", "--beta", "0", "--n", "7", "--batch_size", "14",
-                                "--steps", "1", "--samples", "1", "--device", "cpu",
-                                "--out", str(tmp_path / "run")])
+    args = grpo.parse_args(["--preset", "rloo", "--beta", "0", "--n", "7", "--steps", "1",
+                            "--device", "cpu", "--out", str(tmp_path / "run")])
+
+    def step(scores):
+        args.batch_size = len(scores)
         grpo.train(args, lambda prompts, texts: torch.tensor(scores))
-        row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+        return json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+
+    return step
+
+
+def test_equal_scores_are_counted(one_step):
+    """Of two prompts one has equal scores, then both: the loss and the gradient are 0, and
+    scores/equal says why. Seven scores of 0.7 are equal, whatever their SD is in fp32."""
+    for scores, equal in (([1] * 7 + [0, 1.0, 0, 0, 1, 0, 0], 0.5), ([1.0] * 14, 1.0)):
+        row = one_step(scores)
         assert row["scores/equal"] == equal
         assert (row["policy/loss"] == row["policy/grad_norm"] == 0) == (equal == 1)
+    assert one_step([0.7] * 7)["scores/equal"] == 1
+
+
+def test_updates_are_shared_out(one_step, monkeypatch):
+    """A process that gets no part of an update adds nothing to it."""
+    monkeypatch.setattr(grpo, "share", lambda parts: [])
+    assert one_step([0.0, 1.0] * 7)["policy/grad_norm"] == 0
