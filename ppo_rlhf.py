@@ -415,12 +415,13 @@ def rollout(policy, reward, tokenizer, prompts, n, seed, args):
     """Sample n responses to each of P prompts: B = P*n sequences, scores (P, n), texts, metrics.
 
     A response that did not end scores --missing_eos_score, since nobody knows how it would have
-    gone on. (Larger models without --reward_model hardly ever end in time: scored as they are.)
+    gone on. (In the toy larger models hardly ever end in time: without --reward_model they are
+    scored as they are.)
     """
     prompts = [prompt for prompt in prompts for _ in range(n)]  # B
     sequences, texts, ended = answer(policy, tokenizer, prompts, seed, args)
     scores = reward(prompts, texts)  # (B,)
-    if args.reward_model or policy.small:
+    if args.reward_model or args.data or policy.small:
         scores = scores.where(ended, args.missing_eos_score)
     metrics = {"scores/mean": float(scores.mean()),
                "samples/tokens": fmean(len(response) for _, response in sequences),

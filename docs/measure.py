@@ -37,6 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "figures"
 ONE, THREE, FIVE, EIGHT, FORTY = (range(n) for n in (1, 3, 5, 8, 40))
+VERIFIED = "-m variants.grpo --toy instructions --beta 0 --lr 1e-3"
 ALL = ("all",)  # a lesson or benchmark that knows its own seeds
 # name: (command, seeds, CPU seconds of one run). RUNS in a command is the folder of all runs.
 RUNS = {
@@ -55,6 +56,25 @@ RUNS = {
     "reward_hacking": ("-m lessons.reward_hacking", ALL, 600),
     "online": ("-m lessons.rounds labels", ALL, 1100),
     "vanishing": ("-m lessons.vanishing", ALL, 400),
+    "ppo_lam": ("ppo_rlhf.py --lam 0.95", FIVE, 95),
+    "rloo": ("-m variants.grpo --preset rloo", FIVE, 60),
+    "rloo_long": ("-m variants.grpo --preset rloo --steps 57", THREE, 85),
+    "grpo": ("-m variants.grpo", FIVE, 60),
+    "grpo_long": ("-m variants.grpo --steps 57", THREE, 85),
+    "grpo_k1": ("-m variants.grpo --kl reward", THREE, 60),
+    "dr_grpo": ("-m variants.grpo --preset dr_grpo", FIVE, 60),
+    "dr_grpo_k3": ("-m variants.grpo --preset dr_grpo --kl loss", THREE, 60),
+    "dr_grpo_corrected": ("-m variants.grpo --preset dr_grpo --kl corrected", THREE, 60),
+    "divisors": ("-m lessons.divisors", ALL, 600),
+    "verified_rloo_1": (f"{VERIFIED} --preset rloo --divisor tokens --requirements 1 --n 8",
+                        THREE, 60),
+    "verified_grpo_1": (f"{VERIFIED} --requirements 1 --n 8", THREE, 60),
+    "verified_rloo_2": (f"{VERIFIED} --preset rloo --divisor tokens --requirements 2 --n 8",
+                        FIVE, 60),
+    "verified_grpo_2": (f"{VERIFIED} --requirements 2 --n 8", THREE, 60),
+    "verified_rloo_3": (f"{VERIFIED} --preset rloo --divisor tokens --n 16",
+                        THREE, 60),
+    "verified_grpo_3": (f"{VERIFIED} --n 16", THREE, 60),
     "dpo": ("dpo.py", FORTY, 60),
     "cdpo": ("dpo.py --label_smoothing 0.1", THREE, 65),
     "ipo": ("dpo.py --loss ipo", THREE, 75),
@@ -312,6 +332,8 @@ SUMMARY = [("sft", "samples/true_reward"),
            ("best_of_4", "samples/true_reward"),
            ("rrhf", "samples/quality"), ("pro", "samples/quality"), ("coh", "followed/all"),
            ("tiny", "")]
+OF_GRPO = ("ppo", "ppo_lam", "rloo", "rloo_long", "grpo", "grpo_long", "grpo_k1", "dr_grpo_k3",
+           "dr_grpo_corrected", "dr_grpo")
 HOLDS = [  # a default run, a column of its table, a number in it, and what it has to reach
     ("reward_model", "after", "pairs/accuracy - pairs/ceiling", -0.02),
     ("ppo", "after", "J/share_of_the_way", 0.9), ("dpo", "after", "J/share_of_the_way", 0.8),
@@ -398,6 +420,47 @@ def block_steady():
             rows.append([command_of(name), label, str(len(values)), f"{least:.2f}",
                          f"{statistics.median(values):.3f}", f"{min(values):.3f}"])
     return markdown(["command", "number", "seeds", "has to reach", "median", "worst"], rows)
+
+
+def values_of(name, column, key):
+    """A number for each seed of a run that has it."""
+    found = [number(name, column, key, seed) for seed in RUNS[name][1]]
+    return [value for value in found if value is not None]
+
+
+def block_grpo():
+    """Methods without a value network beside PPO, on the toy of reviews."""
+    rows = []
+    for name in OF_GRPO:
+        if is_whole(name):
+            share = values_of(name, "after", "J/share_of_the_way")
+            grammar = values_of(name, "after", "samples/grammatical")
+            done = [json.loads((folder_of(name, seed) / "done.json").read_text())
+                    for seed in RUNS[name][1]]
+            rows.append([command_of(name), str(len(done)),
+                         spread(name, "after", "J/share_of_the_way", 3),
+                         f"{min(share):.3f}" if share else "",
+                         spread(name, "after", "samples/true_reward"),
+                         spread(name, "after", "kl/policy_reference"), f"{min(grammar):.3f}",
+                         f"{statistics.mean(run['cpu'] for run in done):.0f} s"])
+    return markdown(["command", "seeds", "`J/share_of_the_way`", "worst", "`samples/true_reward`",
+                     "`kl/policy_reference`", "grammar, worst", "CPU time"], rows)
+
+
+def block_verified():
+    """Rewards of 0 and 1 on the instructions of hir.py."""
+    rows = []
+    for name in (name for name in RUNS if name.startswith("verified_")):
+        if is_whole(name):
+            equal = [json.loads(line)["scores/equal"] for seed in RUNS[name][1] for line in
+                     (folder_of(name, seed) / "metrics.jsonl").read_text().splitlines()[:10]]
+            followed = values_of(name, "after", "followed/all")
+            rows.append([command_of(name), str(len(followed)), cell(name, "after", "followed/all"),
+                         f"{min(followed):.2f}", spread(name, "after", "followed/held_out"),
+                         spread(name, "after", "samples/reviews"),
+                         f"{statistics.mean(equal):.2f}"])
+    return markdown(["command", "seeds", "`followed/all`", "worst", "`followed/held_out`",
+                     "`samples/reviews`", "`scores/equal`, first ten steps"], rows)
 
 
 def block_pipeline():

@@ -1,6 +1,6 @@
 """How much reward can be had for a given KL, and how near to that does each method come?
 
-    python -m lessons.frontier                     # about half an hour on two cores; can be resumed
+    python -m lessons.frontier                     # about 40 minutes on two cores; can be resumed
 
 What to see in the figure: PPO lies on the frontier and keeps to the language of the reference. DPO
 and IPO come nearly as near, but below, in "Who leaves the language?", some of their seeds have left
@@ -20,16 +20,17 @@ reviews The sentiment task of dpo.py and ppo_rlhf.py as it stands. Its frontier 
 
 The reward of both is a sum over words, positive minus negative ones. The offline methods (dpo, ipo,
 kto, simpo, sft on the chosen) learn from one and the same file of 4352 pairs, which samples of the
-reference and a Bradley-Terry human make; ppo, raft and best-of-n draw samples and know the reward.
+reference and a Bradley-Terry human make; ppo, rloo, grpo, raft and best-of-n draw samples and know
+the reward.
 All other settings are the scripts' defaults. A method's penalty is its --beta; simpo, raft and sft
 have no price of KL, only the moment when you stop. No script trains on the 8 prompts.
 
 For each method and penalty: reward, KL, and
     wasted    the KL beyond the least that any policy needs for the same reward: nats to the left
     gap       KL(pi || aim), in nats, where aim is the optimum of the method's own objective: pi*
-              for ppo and dpo, pi_ref exp(p(y > mu)/tau)/Z for ipo, the winners' share for sft.
+              for ppo, rloo and dpo, pi_ref exp(p(y > mu)/tau)/Z for ipo, the winners' share for sft.
               What training left undone, apart from what the objective never asked for. J* - J(pi)
-              is beta times it. kto, simpo and raft have no such optimum.
+              is beta times it. grpo, kto, simpo and raft have no such optimum.
     mass      share of the policy on the 5,832 responses, of each seed. Reward, KL and gaps are of
               the policy on that set; one that has left it is not near any optimum, whatever they
               say. (Of reviews: the share that is grammatical.)
@@ -59,10 +60,12 @@ import ppo_rlhf
 import sft
 import simpo
 from model import load_model, split_by_prompt
-from variants import kto, raft
+from variants import grpo, kto, raft
 
 METHODS = {  # name: (script, flags, the flag that varies, its values)
     "ppo": (ppo_rlhf, "", "--beta", (2, 1, 0.5, 0.25)),
+    "rloo": (grpo, "--preset rloo --missing_eos_score -1", "--beta", (2, 1, 0.5, 0.25)),
+    "grpo": (grpo, "--missing_eos_score -1", "--beta", (2, 1, 0.5, 0.25)),
     "dpo": (dpo, "", "--beta", (2, 1, 0.5, 0.25)),
     "ipo": (dpo, "--loss ipo", "--beta", (0.4, 0.2, 0.1, 0.05)),
     "kto": (kto, "", "--beta", (2, 1, 0.5, 0.25)),
@@ -178,7 +181,7 @@ def best_of_n(reference, rewards, n):
 
 def aim_of(method, penalty, reference, rewards):
     """Log-probs of the optimum of the method's own objective, or None if there is none."""
-    if method in ("ppo", "dpo"):
+    if method in ("ppo", "rloo", "dpo"):
         return tilt(reference, rewards / penalty)
     if method == "ipo":
         return tilt(reference, win_rate(reference, rewards) / penalty)
@@ -201,7 +204,7 @@ def quietly(script, flags, **own):
 
 
 def toy_rewards(prompts, texts):
-    """The toy's true reward of each text, as ppo_rlhf.py and raft.py take it: (B,)."""
+    """The toy's true reward of each text, as ppo_rlhf.py, grpo.py and raft.py take it: (B,)."""
     return torch.tensor([dpo.toy_reward(text) for text in texts])
 
 
@@ -254,10 +257,10 @@ def train(out, task, method, penalty, seed):
     flags = [*flags.split(), flag, str(penalty), "--seed", str(seed), "--out", str(run),
              "--model", str(out / "words" / "start") if task == "words" else "tiny",
              "--device", "cpu"]
-    if script in (dpo, kto, ppo_rlhf, raft):
+    if script in (dpo, kto, ppo_rlhf, grpo, raft):
         flags += ["--samples", "2"]  # their evaluation is not needed here
     own = {}
-    if script not in (ppo_rlhf, raft):
+    if script not in (ppo_rlhf, grpo, raft):
         name = "chosen" if script is sft else "pairs"
         flags += ["--data", str(out / task / f"{name}_{seed}.jsonl")]
     elif task == "words":  # reviews are the toy of both scripts

@@ -19,11 +19,12 @@ PAIR = {"chosen": " The cast was superb.", "rejected": " It was dull."}
 ROW = {"sft": {"completion": " The cast was superb."}, "reward_model": PAIR, "dpo": PAIR,
        "simpo": PAIR, "ppo_rlhf": {}, "hir": {"answer": "42"}, "self_correct": {"answer": "42"},
        "variants.kto": PAIR, "variants.rankings": PAIR, "variants.raft": {},
-       "variants.chain_of_hindsight": {"answer": "42"}}
+       "variants.grpo": {"answer": "42"}, "variants.chain_of_hindsight": {"answer": "42"}}
 QUICK = dict.fromkeys(ROW, "--max_new_tokens 6") | {
     "reward_model": "", "self_correct": "--pool 4 --rounds 1 --corrections 1 --max_new_tokens 6"}
 for name in ("ppo_rlhf", "variants.raft"):
     QUICK[name] += " --reward_model {reward} --n 2 --samples 2 --steps 2"
+QUICK["variants.grpo"] += " --n 2 --samples 2 --steps 2"
 for name in ("hir", "variants.chain_of_hindsight"):
     QUICK[name] += " --episodes 1 --rounds 4 --samples 2"
 each_script = pytest.mark.parametrize("script", [
@@ -58,7 +59,7 @@ def surroundings(monkeypatch):
         rng = random.Random(len(prompts))
         return [tokenizer.encode(rng.choice(("42", "7"))) + [tokenizer.eos_id] for _ in prompts]
 
-    for script in ("hir", "self_correct"):
+    for script in ("hir", "self_correct", "ppo_rlhf"):
         monkeypatch.setattr(importlib.import_module(script), "sample", sample)
 
 
@@ -106,8 +107,9 @@ TABLE = {
     "no model": (ROW, None, "--model nowhere", "nowhere: cannot load this model"),
     "reward model": ([script for script in ROW if script != "reward_model"], None,
                      "--model {reward}", "this is a reward model"),
-    "language model": (["ppo_rlhf", "variants.raft"], None, "--reward_model tiny",
+    "language model": (["ppo_rlhf", "variants.raft", "variants.grpo"], None, "--reward_model tiny",
                        "a language model"),
+    "one sample": (["variants.grpo"], None, "--n 1", "at least 2"),
     "ranks": (["reward_model", "variants.rankings"], lambda good: [RANKS], "", '"ranks"'),
     "label": (["variants.kto"], lambda good: [{"prompt": "A", "completion": "a", "label": 1}], "",
               "true or false"),

@@ -11,7 +11,7 @@ import dpo
 import model as hub
 import ppo_rlhf
 import reward_model
-from lessons import frontier, real_reviews, rounds, vanishing
+from lessons import divisors, frontier, real_reviews, rounds, vanishing
 from variants import raft
 
 LOGPS = REF.log()[None]  # (1, 5): the bandit is one prompt
@@ -140,3 +140,9 @@ def test_real_reviews_end_to_end(tmp_path, capsys):
             real_reviews.main(f"{tmp_path}/{bad} --out {tmp_path}".split())
         assert stop.value.code == 2
     assert "at least 120 and 2,000" in capsys.readouterr().err
+
+
+def test_lengths_of_right_and_wrong_answers():
+    steps = [[(10, 1.0), (20, 0.0), (40, 0.0)], [(30, 1.0)]]
+    assert [divisors.mean_tokens(steps, right) for right in (0, 1)] == [30, 20]
+    assert math.isnan(divisors.mean_tokens(steps[1:], 0))

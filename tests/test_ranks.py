@@ -78,7 +78,9 @@ def test_two_processes_end_as_one(flags, tmp_path, float64, monkeypatch):
     in float64."""
     runs = {"sft": [*flags, "--max_tokens=90"], "simpo": [*flags, "--max_tokens=99"],
             "ppo_rlhf": "--steps=2 --batch_size=9 --n=3 --lr=2e-3 --max_tokens=99 --samples=2 "
-                        "--device=cpu".split(), "dpo": [*flags, "--max_tokens=150"]}
+                        "--device=cpu".split(),
+            "variants.grpo": "--steps=2 --batch_size=9 --n=3 --max_tokens=99 --samples=2 "
+                             "--device=cpu".split(), "dpo": [*flags, "--max_tokens=150"]}
     lines = [f"{name} {' '.join(own)} --out={tmp_path}/{name}" for name, own in runs.items()]
     lines += [lines[-1] + "_resumed --save_every=2"]
     (tmp_path / "lines").write_text("\n".join(lines))
@@ -86,7 +88,7 @@ def test_two_processes_end_as_one(flags, tmp_path, float64, monkeypatch):
     assert done.stdout.count("All that this run has made") == 1, done.stderr
     ends = {path.parent.name: [torch.load(path.with_name(f"rank{i}")) for i in (0, 1)]
             for path in tmp_path.glob("*/rank0")}
-    assert len(ends) == 5
+    assert len(ends) == 6
     weights = {name: (first[0], second[0]) for name, (first, second) in ends.items()}
     for first, second in [*weights.values(), (weights["dpo"][0], weights["dpo_resumed"][0])]:
         assert all(map(torch.equal, first.values(), second.values()))

@@ -35,6 +35,8 @@ SMALL = {
     "variants.kto": "--pairs 64 --batch_size 8 --steps 6 --samples 2",
     "variants.rankings": "--pairs 40 --batch_size 8 --steps 6",
     "variants.raft": "--batch_size 8 --n 2 --epochs 2 --steps 5 --samples 2",
+    "variants.grpo": "--toy instructions --requirements 1 --batch_size 8 --n 2 --ppo_epochs 2 "
+                     "--steps 5 --samples 2 --lora_rank 2",
     "variants.chain_of_hindsight": "--requirements 1 --warm_up 20 --episodes 3 --rounds 2 "
                                    "--updates_per_round 1 --batch_size 8 --samples 8"}
 

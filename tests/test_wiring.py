@@ -27,7 +27,7 @@ import reward_model
 import self_correct
 import sft
 import simpo
-from variants import chain_of_hindsight, kto, raft, rankings
+from variants import chain_of_hindsight, grpo, kto, raft, rankings
 
 TOKENIZER = AutoTokenizer.from_pretrained(helper.TINY)
 EOS = TOKENIZER.eos_token_id  # also the BOS of tiny
@@ -35,7 +35,7 @@ text_ids = functools.partial(TOKENIZER.encode, add_special_tokens=False)
 LM = AutoModelForCausalLM.from_pretrained
 ADAMW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0)
 REWARD = functools.partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1)
-PARENT = {kto: dpo, rankings: simpo, raft: ppo_rlhf, chain_of_hindsight: hir}
+PARENT = {kto: dpo, rankings: simpo, raft: ppo_rlhf, grpo: ppo_rlhf, chain_of_hindsight: hir}
 # What `evaluate` returns where a test does not look at it.
 NOTHING = {"after": {}}, []
 
@@ -361,15 +361,40 @@ def estimate_advantages(a, beta, scores, ratios, values):
     return white, [x + v for x, v in zip(advantages, values)]
 
 
+def compare(a, scores, ratios):
+    """The advantage of each response among the n of its prompt."""
+    if a.kl == "reward":
+        scores = [score - a.beta * number(ratio.sum()) for score, ratio in zip(scores, ratios)]
+    advantages = []
+    for i, score in enumerate(scores):
+        start = i - i % a.n
+        group = scores[start:start + a.n]
+        others = group[:i - start] + group[i - start + 1:]
+        advantages.append({"centered": score - fmean(group), "leave_one_out": score - fmean(others),
+                           "group": (score - fmean(group)) / (pstdev(group) + 1e-4)}[a.advantage])
+    return advantages
+
+
+def grpo_terms(a, new, old, reference, A, mean_length):
+    """The loss of one response."""
+    q, u = torch.exp(new - old), reference - new
+    k3 = torch.exp(u) - 1 - u
+    penalty = {"loss": k3, "corrected": q * k3}.get(a.kl, 0 * k3)
+    length = {"length": len(new), "tokens": mean_length, "constant": a.max_new_tokens}[a.divisor]
+    return (a.beta * penalty - torch.minimum(q * A, q.clamp(0.8, 1.2) * A)).sum() / length
+
+
 def learn_rollouts(a, calls):
-    """ppo_rlhf.py, and variants/raft.py where there is no --lam."""
+    """ppo_rlhf.py; variants/grpo.py where there is a --divisor; else variants/raft.py."""
     policy, reference, value, expected = plain(), plain(a.reference), plain("tiny", REWARD), []
     prompts = [row["prompt"] for row in split([{"prompt": prompt} for prompt in PROMPTS])]
     value.score.weight.data.zero_()
-    calls, ppo, beta = iter(calls), hasattr(a, "lam"), a.beta
+    calls, ppo, groups, beta = iter(calls), hasattr(a, "lam"), hasattr(a, "divisor"), a.beta
     judge, ptx = lambda prompt, text: REVIEWS[text][0], [encode("", text) for text in REVIEWS]
     if hasattr(a, "reward_model"):
         judge = judge_of(a, prompts, next(calls))
+    elif hasattr(a, "data"):  # the answer of all rows of answers.jsonl
+        judge = lambda prompt, text: float(text == KIND)
     optimizer = ADAMW([*policy.parameters(), *value.parameters()], eps=1e-5)
     for step in range(a.steps):
         # The rollout.
@@ -387,7 +412,7 @@ def learn_rollouts(a, calls):
         rows = [{"scores/mean": score, "samples/without_eos": text == CUT, "samples/tokens": len(r),
                  "kl/policy_reference": r.sum(), "kl/k3": (torch.exp(-r) - 1 + r).sum()}
                 for score, text, r in zip(scores, call.texts, ratios)]
-        if not hasattr(a, "reward_model"):
+        if not hasattr(a, "data"):
             for row, text in zip(rows, call.texts):
                 row["samples/true_reward"], row["samples/grammatical"] = REVIEWS[text][:2]
         indices = range(a.batch_size)
@@ -403,6 +428,12 @@ def learn_rollouts(a, calls):
             orders = [rng.sample(indices, a.batch_size) for _ in range(a.ppo_epochs)]
             half = a.batch_size // 2
             minibatches = [part for order in orders for part in (order[:half], order[half:])]
+        elif groups:
+            advantages, mean_length = compare(a, scores, ratios), fmean(map(len, ratios))
+            spreads = [pstdev(scores[i:i + a.n]) for i in indices[::a.n]]
+            line["scores/equal"] = spreads.count(0) / len(spreads)
+            orders = [rng.sample(indices, a.batch_size) for _ in range(a.ppo_epochs)]
+            minibatches = [part for order in orders for part in (order[::2], order[1::2])]
         else:
             best = [max(indices[i:i + a.n], key=scores.__getitem__) for i in indices[::a.n]]
             orders = [rng.sample(best, len(best)) for _ in range(a.epochs)]
@@ -412,6 +443,11 @@ def learn_rollouts(a, calls):
         for minibatch in minibatches:
             new = torch.cat([token_logps(policy, sequences[b]) for b in minibatch])
             numbers = {"policy/loss": -new.mean()}
+            if groups:
+                own = dict(zip(minibatch, new.split([len(old[b]) for b in minibatch])))
+                numbers["policy/loss"] = sum(
+                    grpo_terms(a, own[b], old[b], old[b] - ratios[b], advantages[b], mean_length)
+                    for b in minibatch) / len(minibatch)
             if ppo:
                 before, A, R, v = (torch.cat([x[b] for b in minibatch])
                                    for x in (old, advantages, returns, values))
@@ -575,6 +611,7 @@ PAIR = dict(COMMON, data="pairs.jsonl", epochs=2, max_length=32, adam_eps=1e-3)
 RANK = dict(PAIR, data="rankings.jsonl")
 ROLL = dict(COMMON, n=2, batch_size=6, steps=2, ppo_epochs=2,
             missing_eos_score=-2.5, beta=0.3, reference="reference")
+GROUPS = dict(ROLL, n=3)
 PPO = dict(ROLL, lam=0.6, ptx_data="texts.jsonl", ptx_coef=0.3)
 HIR = dict(COMMON, seed=11, batch_size=2, episodes=2, rounds=2, updates_per_round=0.6, warm_up=0,
            requirements=2, temperature=0.7, label_smoothing=0.1)
@@ -602,6 +639,13 @@ CASES = {
     "judged": (ppo_rlhf, learn_rollouts, dict(
         PPO, reward_model="reward", ppo_epochs=1, data="answers.jsonl")),
     "raft": (raft, learn_rollouts, dict(ROLL, epochs=2, max_tokens=20)),
+    "grpo": (grpo, learn_rollouts, dict(GROUPS, advantage="group", divisor="length", kl="loss")),
+    "dr_grpo": (grpo, learn_rollouts, dict(
+        GROUPS, advantage="centered", divisor="constant", kl="corrected")),
+    "rloo": (grpo, learn_rollouts, dict(
+        GROUPS, advantage="leave_one_out", divisor="constant", kl="reward", max_tokens=40)),
+    "verified": (grpo, learn_rollouts, dict(
+        GROUPS, advantage="group", divisor="tokens", kl="none", data="answers.jsonl")),
     "hir": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05, alternatives=2)),
     "farl": (hir, learn_hindsight, dict(HIR, alpha=0.7, beta=0.05)),
     "chain": (chain_of_hindsight, learn_hindsight, HIR),
@@ -665,11 +709,13 @@ HALF = dict(rounds=4, epochs=0.5, updates_per_round=0.5)
 RUNS = {
     "dpo": (dpo, {}), "kto": (kto, {}), "simpo": (simpo, {}), "rankings": (rankings, {}),
     "reward_model": (reward_model, {}), "ppo": (ppo_rlhf, {}), "raft": (raft, {}),
-    "hir": (hir, HALF), "chain": (chain_of_hindsight, HALF), "self_correct": (self_correct, HALF),
-    "sft": (sft, {}), "own pairs": (dpo, {"data": "pairs.jsonl"}),
+    "grpo": (grpo, {"n": 2}), "hir": (hir, HALF), "chain": (chain_of_hindsight, HALF),
+    "self_correct": (self_correct, HALF), "sft": (sft, {}),
+    "own pairs": (dpo, {"data": "pairs.jsonl"}),
     "own texts": (sft, {"data": "demonstrations.jsonl"}),
     "own rankings": (reward_model, {"data": "rankings.jsonl"}),
     "own prompts": (ppo_rlhf, {"data": "answers.jsonl", "reward_model": "reward"}),
+    "own checks": (grpo, {"data": "answers.jsonl", "n": 2}),
     "own problems": (hir, dict(HALF, data="answers.jsonl")),
     "own answers": (self_correct, dict(HALF, data="answers.jsonl"))}
 
