@@ -7,6 +7,7 @@ transformers alone, float64, one sequence at a time, Python loops, no code of th
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import math
 import random
@@ -847,6 +848,28 @@ def test_defaults_of_the_objectives(script, loss, values):
     """Those that the flags have; None is filled in by the loss."""
     args = vars(script.parse_args([f"--loss={loss}"] * bool(loss)))
     assert {name: args[name] for name in values} == values
+
+
+@pytest.mark.parametrize("loss, values", [
+    (dpo.dpo_loss, dict(label_smoothing=0)), (simpo.cpo_loss, dict(lam=1)),
+    (simpo.orpo_loss, dict(lam=0.1)),
+    (kto.kto_loss, dict(lambda_desirable=1, lambda_undesirable=1)),
+    (simpo.slic_loss, dict(delta=1, lam=1)), (ppo_rlhf.policy_loss, dict(clip=0.2)),
+    (ppo_rlhf.value_loss, dict(clip=0.2)), (ppo_rlhf.gae, dict(gamma=1, lam=0.95)),
+    (hir.hir_loss, dict(alpha=1, beta=0.001, label_smoothing=0.2))])
+def test_defaults_of_a_loss_that_is_copied(loss, values):
+    """They are those of the flags, which are all passed on; GAE's is Schulman's."""
+    parameters = inspect.signature(loss).parameters
+    assert {name: parameters[name].default for name in values} == values
+
+
+def test_defaults_follow_the_model_and_the_data():
+    """A small model's; a larger one's in the toy; a larger one's with --data. A flag that was given
+    stays, also at 0, and a script without the flag does not get it."""
+    for small, data, expected in ((1, None, 1), (1, "d", 1), (0, None, 2), (0, "d", 3)):
+        args = SimpleNamespace(data=data, lr=None, pairs=0)
+        helper.fill_defaults(args, {"lr": (1, 2, 3), "pairs": (4, 5, 6), "k": (7, 8, 9)}, small)
+        assert vars(args) == {"data": data, "lr": expected, "pairs": 0}
 
 
 def test_default_weight_of_sft_in_rrhf(tmp_path):
