@@ -30,7 +30,7 @@ REVIEWS = {(1, EOS): " The plot was plain.", (2, EOS): " The plot was superb.",
            (4, 5, 1, EOS): " The plot was dull and weak and plain."}  # this one is no review
 TRUE = dict(zip(REVIEWS.values(), (0, 1, 2, -1, -2)))
 A = SimpleNamespace(seed=3, data=None, max_new_tokens=12, max_tokens=20, missing_eos_score=-1.0,
-                    reward_model=None, beta=0.7, samples=40, n=3, loss="dpo")
+                    reward_model=None, beta=0.7, samples=40, n=3, small=True)
 
 
 def network(name, table=None):
@@ -119,8 +119,12 @@ def test_each_sample_is_of_its_prompt(script, writes, float64):
         return torch.tensor([scale[prompt] * TRUE[text] for prompt, text in zip(prompts, texts)])
 
     if script is dpo:
-        pairs = [[(ids, [2, EOS]), (ids, [4, EOS])] for ids in PROMPTS.values()]
+        pairs = [[(ids, [2, EOS]), (ids, [y, EOS])] for ids in PROMPTS.values() for y in (2, 4)]
         columns, samples = dpo.evaluate(POLICY, REFERENCE, tokenizer, pairs, prompts, A)
+        wins = [logp(POLICY, x, (2, EOS)) - logp(POLICY, x, (4, EOS))
+                > logp(REFERENCE, x, (2, EOS)) - logp(REFERENCE, x, (4, EOS)) for x in PROMPTS]
+        assert 0 < sum(wins) < 3  # half of the pairs are ties, which count as wrong
+        agree(columns["after"], {"rewards/accuracy": sum(wins) / 6})
     else:
         columns, samples = ppo_rlhf.evaluate(POLICY, REFERENCE, reward, tokenizer, prompts, A)
     drawn = {prompt: [written(model, prompt, A.seed, A.samples) for model in (REFERENCE, POLICY)]
@@ -137,6 +141,31 @@ def test_each_sample_is_of_its_prompt(script, writes, float64):
         "kl/policy_reference": fmean(ratio for _, new in ratios for ratio in new)})
     assert samples == [{"prompt": prompt, "before": REVIEWS[old[0]], "after": REVIEWS[new[0]]}
                        for prompt, (old, new) in drawn.items()]
+
+
+@pytest.mark.parametrize("script", [dpo, ppo_rlhf])
+@pytest.mark.parametrize("change, left_out", [
+    ({"small": False}, {"samples/grammatical"}), ({"beta": 0.0}, {"J/policy", "J/optimum"}),
+    ({"data": "mine"}, {"samples/true_reward", "samples/grammatical", "samples/win_rate"})])
+def test_what_a_table_leaves_out(script, change, left_out, writes, monkeypatch, float64):
+    """A larger model's reviews are not the toy's, own prompts have no true reward, and J has no
+    meaning without a price. DPO knows J only of a small model in the toy."""
+    args = SimpleNamespace(**vars(A) | change)
+    for model in (POLICY, REFERENCE):
+        monkeypatch.setattr(model, "small", args.small)
+    tokenizer, prompts = writes(script), list(PROMPTS)
+    if script is dpo:
+        pairs = [[(PROMPTS["A"], [2, EOS]), (PROMPTS["A"], [4, EOS])]] * 2
+        columns, _ = dpo.evaluate(POLICY, REFERENCE, tokenizer, pairs, prompts, args)
+    else:
+        columns, _ = ppo_rlhf.evaluate(POLICY, REFERENCE, lambda _, texts: torch.tensor([
+            *map(float, map(TRUE.get, texts))]), tokenizer, prompts, args)
+    if script is dpo and "beta" not in change:
+        left_out = left_out | {"J/policy", "J/optimum"}
+    every = {"samples/true_reward", "samples/grammatical", "samples/win_rate", "J/policy",
+             "J/optimum", "samples/tokens", "kl/policy_reference"}
+    assert every & columns["after"].keys() == every - left_out
+    assert not left_out & columns["before"].keys()
 
 
 def test_best_of_n_takes_the_best_of_each_group(writes):
@@ -266,8 +295,8 @@ def sigma(x):
 
 
 class Echo:
-    """In place of `sample` and of a tokenizer: the k-th response to a prompt is the prompt and
-    endings[k]. A prompt's ids are its text."""
+    """In place of `sample` and of a tokenizer: the k-th response to each of 4000 prompts is the
+    prompt and endings[k]. A prompt's ids are its text."""
 
     def __init__(self, endings):
         self.endings = endings
@@ -275,6 +304,7 @@ class Echo:
     def __call__(self, model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, **_):
         assert (max_new_tokens, seed, temperature) == (64, 5, 1.0)
         k = len(self.endings)
+        assert len(prompts) == 4000 * k
         assert all(len(set(prompts[i:i + k])) == 1 for i in range(0, len(prompts), k))
         return [prompt + self.endings[i % k] for i, prompt in enumerate(prompts)]
 
@@ -330,19 +360,22 @@ def test_pairs_follow_the_bradley_terry_model(gap, monkeypatch, capsys):
         assert {row["chosen"], row["rejected"]} == {row["prompt"] + x for x in echo.endings}
         assert "opera" not in row["prompt"]
     assert len(rows) == pytest.approx(4000 * 5 / 6, abs=100)  # one of six shows is an opera
-    assert f"{4000 - len(rows)} of 4000 pairs are not judged" in capsys.readouterr().out
+    line = f"{4000 - len(rows)} of 4000 pairs are not judged, since a text is no review"
+    assert line in capsys.readouterr().out
 
 
-def test_pairs_of_a_larger_model_are_the_best_and_the_worst(monkeypatch):
+def test_pairs_of_a_larger_model_are_the_best_and_the_worst(monkeypatch, capsys):
     """Of eight samples; where all are equally good, there is no pair."""
     echo, rewards = Echo([f" {i}" for i in range(8)]), (0, 1, 2, 0, 1, -1, 1, 0)
     monkeypatch.setattr(dpo, "sample", echo)
     monkeypatch.setattr(dpo, "toy_reward",
-                        lambda text: rewards[int(text[-1])] * 0.5 * ("opera" not in text))
-    rows = dpo.toy_pairs(SimpleNamespace(small=False), echo, 3000, 5)
+                        lambda text: rewards[int(text[-1])] / 3 * ("opera" not in text))
+    rows = dpo.toy_pairs(SimpleNamespace(small=False), echo, 4000, 5)
     assert all({row["chosen"][-1], row["rejected"][-1]} == {"2", "5"} for row in rows)
-    assert sigma(1.5) == frequency(row["chosen"][-1] == "2" for row in rows)
-    assert not any("opera" in row["prompt"] for row in rows) and len(rows) < 2900
+    assert sigma(1) == frequency(row["chosen"][-1] == "2" for row in rows)
+    assert not any("opera" in row["prompt"] for row in rows)
+    line = f"{4000 - len(rows)} of 4000 pairs are not judged, since both are equally good"
+    assert 3200 < len(rows) < 3500 and line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bias", [-1.5, -2.0, -2.5])
