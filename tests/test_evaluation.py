@@ -143,27 +143,34 @@ def test_each_sample_is_of_its_prompt(script, writes, float64):
                        for prompt, (old, new) in drawn.items()]
 
 
-@pytest.mark.parametrize("script", [dpo, ppo_rlhf])
+@pytest.mark.parametrize("script", [dpo, ppo_rlhf, raft])
 @pytest.mark.parametrize("change, left_out", [
     ({"small": False}, {"samples/grammatical"}), ({"beta": 0.0}, {"J/policy", "J/optimum"}),
     ({"data": "mine"}, {"samples/true_reward", "samples/grammatical", "samples/win_rate"})])
 def test_what_a_table_leaves_out(script, change, left_out, writes, monkeypatch, float64):
     """A larger model's reviews are not the toy's, own prompts have no true reward, and J has no
-    meaning without a price. DPO knows J only of a small model in the toy."""
+    meaning without a price. DPO knows J only of a small model in the toy; best-of-n, no wins."""
     args = SimpleNamespace(**vars(A) | change)
     for model in (POLICY, REFERENCE):
         monkeypatch.setattr(model, "small", args.small)
-    tokenizer, prompts = writes(script), list(PROMPTS)
+    tokenizer, prompts = writes(ppo_rlhf if script is raft else script), list(PROMPTS)
+
+    def reward(prompts, texts):
+        return torch.tensor([float(TRUE[text]) for text in texts])
+
     if script is dpo:
         pairs = [[(PROMPTS["A"], [2, EOS]), (PROMPTS["A"], [4, EOS])]] * 2
         columns, _ = dpo.evaluate(POLICY, REFERENCE, tokenizer, pairs, prompts, args)
+    elif script is raft:
+        columns, _ = raft.evaluate_best_of_n(REFERENCE, reward, tokenizer, prompts, args)
     else:
-        columns, _ = ppo_rlhf.evaluate(POLICY, REFERENCE, lambda _, texts: torch.tensor([
-            *map(float, map(TRUE.get, texts))]), tokenizer, prompts, args)
+        columns, _ = ppo_rlhf.evaluate(POLICY, REFERENCE, reward, tokenizer, prompts, args)
     if script is dpo and "beta" not in change:
         left_out = left_out | {"J/policy", "J/optimum"}
-    every = {"samples/true_reward", "samples/grammatical", "samples/win_rate", "J/policy",
-             "J/optimum", "samples/tokens", "kl/policy_reference"}
+    every = {"samples/true_reward", "samples/grammatical", "samples/tokens", "J/policy",
+             "J/optimum", "kl/policy_reference", "samples/win_rate"}
+    if script is raft:
+        every.remove("samples/win_rate")
     assert every & columns["after"].keys() == every - left_out
     assert not left_out & columns["before"].keys()
 
@@ -220,32 +227,36 @@ def test_summaries_are_of_their_posts(small, writes, monkeypatch, float64):
         monkeypatch.setattr(model, "small", small)
     columns, samples = simpo.evaluate(POLICY, REFERENCE, tokenizer, rows,
                                       SimpleNamespace(**vars(A) | {"loss": "simpo"}))
-    asked, drawn = (list(PROMPTS) * count)[:count], []
+    asked, drawn, qualities = (list(PROMPTS) * count)[:count], [], []
     for model, column in zip((REFERENCE, POLICY), columns.values()):
         lists = {prompt: iter(written(model, prompt, A.seed, count, SUMMARIES))
                  for prompt in PROMPTS}
         drawn.append([(prompt, next(lists[prompt])) for prompt in asked])
         judged = [simpo.toy_quality(SUMMARIES[y], FACTS[prompt]) for prompt, y in drawn[-1]]
+        qualities.append([x["quality"] for x in judged])
         for key in ("quality", "recall", "made_up"):
             assert column[f"samples/{key}"] == pytest.approx(fmean(x[key] for x in judged))
         assert column["samples/tokens"] == fmean(len(y) for _, y in drawn[-1])
     kl = fmean(logp(POLICY, *x) - logp(REFERENCE, *x) for x in drawn[1])
-    assert columns["after"]["kl/policy_reference"] == pytest.approx(kl)
+    wins = [0.5 if old == new else new > old for old, new in zip(*qualities)]
+    agree(columns["after"], {"kl/policy_reference": kl, "samples/win_rate": fmean(wins)})
     assert samples == [{"prompt": prompt, "before": SUMMARIES[old], "after": SUMMARIES[new]}
                        for (prompt, old), (_, new) in zip(*drawn)]
 
 
-@pytest.mark.parametrize("loss, right", [("simpo", 1), ("orpo", 1), ("cpo", 0.5), ("slic", 0.5)])
+@pytest.mark.parametrize("loss, right", [("simpo", 2), ("orpo", 2), ("cpo", 1), ("slic", 1)])
 def test_summaries_are_compared_by_the_losses_own_reward(loss, right, writes, float64):
     """SimPO and ORPO compare means of log-probs, CPO and SLiC sums. In bits: a chosen summary of
-    -1, -1, -1, -1, -2 has the higher mean, and the rejected one of -3, -2 the higher sum."""
+    -1, -1, -1, -1, -2 has the higher mean, and the rejected one of -3, -2 the higher sum. Of three
+    pairs the second one is clear, and the third a tie, which counts as wrong."""
     bits = torch.tensor([2., 1, 3, 5, 5, 5, 5, 99])  # of EOS and of seven tokens, after any token
     model, ids = network("same", -bits.expand(8, 8) * math.log(2)), PROMPTS["A"]
-    pairs = [([1, 1, 1, 1, EOS], [2, EOS]), ([1, EOS], [2, EOS])]  # in the second one it is clear
+    pairs = [([1, 1, 1, 1, EOS], [2, EOS]), ([1, EOS], [2, EOS]), ([1, EOS], [1, EOS])]
     rows = [{"prompt": "A", "facts": FACTS["A"], "pair": [(ids, w), (ids, l)]} for w, l in pairs]
     columns, _ = simpo.evaluate(model, model, writes(simpo, SUMMARIES), rows,
                                 SimpleNamespace(**vars(A) | {"loss": loss}))
-    assert [column["rewards/accuracy"] for column in columns.values()] == [right, right]
+    for column in columns.values():
+        assert column["rewards/accuracy"] == pytest.approx(right / 3)
 
 
 def test_loss_on_held_out_demonstrations(writes, float64):
@@ -280,7 +291,8 @@ def test_instructions_are_read(temperature, drawn_at, feedback, tiny, monkeypatc
 
     monkeypatch.setattr(hir, "sample", sample)
     tasks = [({"prompt": ""}, {"length": length}) for length in ("short", "long")]
-    hir.evaluate("now", None, tiny[1], {"all": tasks}, args, feedback)
+    _, shown = hir.evaluate("now", None, tiny[1], {"all": tasks}, args, feedback)
+    assert shown == [{"asked": f"Write a {x} review:", "now": ""} for x in ("short", "long")] * 2
     assert asked == [f"Write a {length} review:{feedback}" for length in ("short", "long")] * 2
     own = {"prompt": "1 + 1?", "answer": "2"}, {"answer": "correct"}
     hir.evaluate("now", None, tiny[1], {"correct": [own]}, args, feedback)

@@ -993,16 +993,19 @@ def test_evaluation_of_instructions(monkeypatch):
 
 def test_evaluation_of_corrections(monkeypatch):
     """Each answer is corrected again; the stop rule leaves alone what was perfect once."""
-    drafts, *turns = [[self_correct.Answer("", value, "") for value in values] for values in (
+    drafts, *turns = [[self_correct.Answer(f" {x}", x, "") for x in values] for values in (
         [1, 0, 0.5, 1], [0.5, 1, 0.5, 1], [1, 0.5, 1, 0.5])]
-    asked, problems = [], [{"prompt": "", "pool": [draft, None]} for draft in drafts]
+    asked, problems = [], [{"prompt": "A", "pool": [draft, None]} for draft in drafts]
 
     def respond(model, tokenizer, tasks, seed, args):
         asked.append((tasks, seed))
         return turns[len(asked) - 1]
 
     monkeypatch.setattr(self_correct, "respond", respond)
-    columns, _ = self_correct.evaluate(None, None, problems, SimpleNamespace(corrections=2, seed=5))
+    columns, samples = self_correct.evaluate(
+        None, None, problems, SimpleNamespace(corrections=2, seed=5))
+    assert samples == [{"prompt": "A", "draft": draft.text, "1": first.text, "2": last.text}
+                       for draft, first, last in zip(drafts, *turns)]
     assert asked == [([*zip(problems, drafts)], 6), ([*zip(problems, turns[0])], 7)]
     assert [list(column.values()) for column in columns.values()] == [
         [0.625, 0.5, 0.5, 0], [0.75, 0.5, 0.75, 0.5], [0.75, 0.5, 1, 1]]
