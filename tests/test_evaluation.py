@@ -137,8 +137,11 @@ def test_each_sample_is_of_its_prompt(script, writes, float64):
         texts = [REVIEWS[y] for prompt in PROMPTS for y in drawn[prompt][k]]
         agree(column, table_of(texts) | {
             "samples/tokens": fmean(len(y) for own in drawn.values() for y in own[k])})
+    gains = [TRUE[REVIEWS[y]] - TRUE[REVIEWS[x]] for two in drawn.values() for x, y in zip(*two)]
+    wins = [0.5 if gain == 0 else gain > 0 for gain in gains]
     agree(columns["after"], yardstick(rewards, ratios, A.beta) | {
-        "kl/policy_reference": fmean(ratio for _, new in ratios for ratio in new)})
+        "kl/policy_reference": fmean(ratio for _, new in ratios for ratio in new),
+        "samples/win_rate": fmean(wins)})
     assert samples == [{"prompt": prompt, "before": REVIEWS[old[0]], "after": REVIEWS[new[0]]}
                        for prompt, (old, new) in drawn.items()]
 
@@ -282,7 +285,7 @@ def test_loss_on_held_out_demonstrations(writes, float64):
 @pytest.mark.parametrize("feedback", ["", chain_of_hindsight.GOOD])
 def test_instructions_are_read(temperature, drawn_at, feedback, tiny, monkeypatch):
     """The model reads the instruction, and with Chain of Hindsight also "Good:"."""
-    asked, args = [], SimpleNamespace(**vars(A) | {"samples": 4, "temperature": temperature})
+    asked, args = [], SimpleNamespace(**vars(A) | {"samples": 6, "temperature": temperature})
 
     def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, **_):
         assert temperature == drawn_at
@@ -293,7 +296,7 @@ def test_instructions_are_read(temperature, drawn_at, feedback, tiny, monkeypatc
     tasks = [({"prompt": ""}, {"length": length}) for length in ("short", "long")]
     _, shown = hir.evaluate("now", None, tiny[1], {"all": tasks}, args, feedback)
     assert shown == [{"asked": f"Write a {x} review:", "now": ""} for x in ("short", "long")] * 2
-    assert asked == [f"Write a {length} review:{feedback}" for length in ("short", "long")] * 2
+    assert asked == [f"Write a {length} review:{feedback}" for length in ("short", "long")] * 3
     own = {"prompt": "1 + 1?", "answer": "2"}, {"answer": "correct"}
     hir.evaluate("now", None, tiny[1], {"correct": [own]}, args, feedback)
     assert asked[-1] == f"Generate a correct answer to this problem.\n1 + 1?{feedback}"

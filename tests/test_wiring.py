@@ -983,12 +983,12 @@ def test_evaluation_of_instructions(monkeypatch):
     """What is followed as a whole, each requirement by itself, and reviews of any kind."""
     monkeypatch.setattr(hir, "sample", lambda *_, **__: [ids_of(text) for text in REVIEWS])
     groups = {name: [({"prompt": ""}, wanted)] for name, wanted in (
-        ("all", ASKED[0]), ("held_out", {"length": "short"}))}
+        ("all", ASKED[0]), ("held_out", {"length": "long"}))}
     a = SimpleNamespace(samples=6, seed=0, max_new_tokens=12, max_tokens=99, temperature=1.0)
     columns, _ = hir.evaluate("now", *helper.load_model(), groups, a)
     assert columns["now"] == pytest.approx({
         "followed/all": 1 / 6, "followed/length": 3 / 6, "followed/mood": 2 / 6,
-        "samples/reviews": 4 / 6, "followed/held_out": 3 / 6})
+        "samples/reviews": 4 / 6, "followed/held_out": 1 / 6})
 
 
 def test_evaluation_of_corrections(monkeypatch):
