@@ -594,6 +594,7 @@ def test_plays_and_drafts_of_self_correct():
     learned, held_out = self_correct.toy_problems(840)
     plays = [row["topics"] for row in learned + held_out]
     assert len(learned) == len(held_out) == 840 and len({*plays}) == 1680
+    assert all(len({*play}) == 3 for play in plays)
     assert learned[0]["prompt"] == f"Tonight: {', '.join(learned[0]['topics'])}."
     rng, topics = random.Random(0), ("plot", "music", "cast")
     drafts = [self_correct.toy_draft(rng, topics) for _ in range(1500)]

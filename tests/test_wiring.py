@@ -1009,6 +1009,8 @@ def test_evaluation_of_corrections(monkeypatch):
     assert asked == [([*zip(problems, drafts)], 6), ([*zip(problems, turns[0])], 7)]
     assert [list(column.values()) for column in columns.values()] == [
         [0.625, 0.5, 0.5, 0], [0.75, 0.5, 0.75, 0.5], [0.75, 0.5, 1, 1]]
+    columns, _ = self_correct.evaluate(None, None, problems[1:3], SimpleNamespace(corrections=0))
+    assert columns == {"draft": {"value": 0.25, "perfect": 0, "stop_rule/perfect": 0, "damaged": 0}}
 
 
 def test_people_are_the_demonstrations_held_out(tmp_path, monkeypatch):
