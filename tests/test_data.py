@@ -167,6 +167,9 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(judge, tiny, tmp_path, 
     true = ppo_rlhf.load_reward(None, None, None, toy)
     _, scores, _, _ = ppo_rlhf.rollout(large, true, tiny[1], prompts, 1, 0, toy)
     assert scores[:, 0].tolist() == [-1, 2, 0]
+    mine = a(reward_model="mine", missing_eos_score=-3.0)
+    _, scores, _, _ = ppo_rlhf.rollout(large, true, tiny[1], prompts, 1, 0, mine)
+    assert scores[:, 0].tolist() == [-1, -3, -3]
 
 
 def test_half_a_text_is_never_scored(judge, tiny, tmp_path, capsys):

@@ -31,7 +31,7 @@ REVIEWS = {(1, EOS): " The plot was plain.", (2, EOS): " The plot was superb.",
 TRUE = dict(zip(REVIEWS.values(), (0, 1, 2, -1, -2)))
 A = SimpleNamespace(seed=3, data=None, max_new_tokens=12, max_tokens=20, missing_eos_score=-1.0,
                     reward_model=None, beta=0.7, samples=40, n=3, loss="dpo", label_smoothing=0.0,
-                    match="all")
+                    match="all", small=True)
 
 
 def network(name, table=None):
@@ -120,9 +120,13 @@ def test_each_sample_is_of_its_prompt(script, writes, float64):
         return torch.tensor([scale[prompt] * TRUE[text] for prompt, text in zip(prompts, texts)])
 
     if script is dpo:
-        pairs = [{"prompt": prompt, "pair": [(ids, [2, EOS]), (ids, [4, EOS])]}
-                 for prompt, ids in PROMPTS.items()]
+        pairs = [{"prompt": prompt, "pair": [(ids, [2, EOS]), (ids, [y, EOS])]}
+                 for prompt, ids in PROMPTS.items() for y in (2, 4)]
         columns, samples = dpo.evaluate(POLICY, REFERENCE, tokenizer, pairs, prompts, A)
+        wins = [logp(POLICY, x, (2, EOS)) - logp(POLICY, x, (4, EOS))
+                > logp(REFERENCE, x, (2, EOS)) - logp(REFERENCE, x, (4, EOS)) for x in PROMPTS]
+        assert 0 < sum(wins) < 3  # half of the pairs are ties, which count as wrong
+        agree(columns["after"], {"rewards/accuracy": sum(wins) / 6})
     else:
         columns, samples = ppo_rlhf.evaluate(POLICY, REFERENCE, reward, tokenizer, prompts, A)
     drawn = {prompt: [written(model, prompt, A.seed, A.samples) for model in (REFERENCE, POLICY)]
@@ -135,10 +139,45 @@ def test_each_sample_is_of_its_prompt(script, writes, float64):
         texts = [REVIEWS[y] for prompt in PROMPTS for y in drawn[prompt][k]]
         agree(column, table_of(texts) | {
             "samples/tokens": fmean(len(y) for own in drawn.values() for y in own[k])})
+    gains = [TRUE[REVIEWS[y]] - TRUE[REVIEWS[x]] for two in drawn.values() for x, y in zip(*two)]
+    wins = [0.5 if gain == 0 else gain > 0 for gain in gains]
     agree(columns["after"], yardstick(rewards, ratios, A.beta) | {
-        "kl/policy_reference": fmean(ratio for _, new in ratios for ratio in new)})
+        "kl/policy_reference": fmean(ratio for _, new in ratios for ratio in new),
+        "samples/win_rate": fmean(wins)})
     assert samples == [{"prompt": prompt, "before": REVIEWS[old[0]], "after": REVIEWS[new[0]]}
                        for prompt, (old, new) in drawn.items()]
+
+
+@pytest.mark.parametrize("script", [dpo, ppo_rlhf, raft])
+@pytest.mark.parametrize("change, left_out", [
+    ({"small": False}, {"samples/grammatical"}), ({"beta": 0.0}, {"J/policy", "J/optimum"}),
+    ({"data": "mine"}, {"samples/true_reward", "samples/grammatical", "samples/win_rate"})])
+def test_what_a_table_leaves_out(script, change, left_out, writes, monkeypatch, float64):
+    """A larger model's reviews are not the toy's, own prompts have no true reward, and J has no
+    meaning without a price. DPO knows J only of a small model in the toy; best-of-n, no wins."""
+    args = SimpleNamespace(**vars(A) | change)
+    for model in (POLICY, REFERENCE):
+        monkeypatch.setattr(model, "small", args.small)
+    tokenizer, prompts = writes(ppo_rlhf if script is raft else script), list(PROMPTS)
+
+    def reward(prompts, texts):
+        return torch.tensor([float(TRUE[text]) for text in texts])
+
+    if script is dpo:
+        pairs = [{"prompt": "A", "pair": [(PROMPTS["A"], [2, EOS]), (PROMPTS["A"], [4, EOS])]}] * 2
+        columns, _ = dpo.evaluate(POLICY, REFERENCE, tokenizer, pairs, prompts, args)
+    elif script is raft:
+        columns, _ = raft.evaluate_best_of_n(REFERENCE, reward, tokenizer, prompts, args)
+    else:
+        columns, _ = ppo_rlhf.evaluate(POLICY, REFERENCE, reward, tokenizer, prompts, args)
+    if script is dpo and "beta" not in change:
+        left_out = left_out | {"J/policy", "J/optimum"}
+    every = {"samples/true_reward", "samples/grammatical", "samples/tokens", "J/policy",
+             "J/optimum", "kl/policy_reference", "samples/win_rate"}
+    if script is raft:
+        every.remove("samples/win_rate")
+    assert every & columns["after"].keys() == every - left_out
+    assert not left_out & columns["before"].keys()
 
 
 def test_best_of_n_takes_the_best_of_each_group(writes):
@@ -193,32 +232,36 @@ def test_summaries_are_of_their_posts(small, writes, monkeypatch, float64):
         monkeypatch.setattr(model, "small", small)
     columns, samples = simpo.evaluate(POLICY, REFERENCE, tokenizer, rows,
                                       SimpleNamespace(**vars(A) | {"loss": "simpo"}))
-    asked, drawn = (list(PROMPTS) * count)[:count], []
+    asked, drawn, qualities = (list(PROMPTS) * count)[:count], [], []
     for model, column in zip((REFERENCE, POLICY), columns.values()):
         lists = {prompt: iter(written(model, prompt, A.seed, count, SUMMARIES))
                  for prompt in PROMPTS}
         drawn.append([(prompt, next(lists[prompt])) for prompt in asked])
         judged = [simpo.toy_quality(SUMMARIES[y], FACTS[prompt]) for prompt, y in drawn[-1]]
+        qualities.append([x["quality"] for x in judged])
         for key in ("quality", "recall", "made_up"):
             assert column[f"samples/{key}"] == pytest.approx(fmean(x[key] for x in judged))
         assert column["samples/tokens"] == fmean(len(y) for _, y in drawn[-1])
     kl = fmean(logp(POLICY, *x) - logp(REFERENCE, *x) for x in drawn[1])
-    assert columns["after"]["kl/policy_reference"] == pytest.approx(kl)
+    wins = [0.5 if old == new else new > old for old, new in zip(*qualities)]
+    agree(columns["after"], {"kl/policy_reference": kl, "samples/win_rate": fmean(wins)})
     assert samples == [{"prompt": prompt, "before": SUMMARIES[old], "after": SUMMARIES[new]}
                        for (prompt, old), (_, new) in zip(*drawn)]
 
 
-@pytest.mark.parametrize("loss, right", [("simpo", 1), ("orpo", 1), ("cpo", 0.5), ("slic", 0.5)])
+@pytest.mark.parametrize("loss, right", [("simpo", 2), ("orpo", 2), ("cpo", 1), ("slic", 1)])
 def test_summaries_are_compared_by_the_losses_own_reward(loss, right, writes, float64):
     """SimPO and ORPO compare means of log-probs, CPO and SLiC sums. In bits: a chosen summary of
-    -1, -1, -1, -1, -2 has the higher mean, and the rejected one of -3, -2 the higher sum."""
+    -1, -1, -1, -1, -2 has the higher mean, and the rejected one of -3, -2 the higher sum. Of three
+    pairs the second one is clear, and the third a tie, which counts as wrong."""
     bits = torch.tensor([2., 1, 3, 5, 5, 5, 5, 99])  # of EOS and of seven tokens, after any token
     model, ids = network("same", -bits.expand(8, 8) * math.log(2)), PROMPTS["A"]
-    pairs = [([1, 1, 1, 1, EOS], [2, EOS]), ([1, EOS], [2, EOS])]  # in the second one it is clear
+    pairs = [([1, 1, 1, 1, EOS], [2, EOS]), ([1, EOS], [2, EOS]), ([1, EOS], [1, EOS])]
     rows = [{"prompt": "A", "facts": FACTS["A"], "pair": [(ids, w), (ids, l)]} for w, l in pairs]
     columns, _ = simpo.evaluate(model, model, writes(simpo, SUMMARIES), rows,
                                 SimpleNamespace(**vars(A) | {"loss": loss}))
-    assert [column["rewards/accuracy"] for column in columns.values()] == [right, right]
+    for column in columns.values():
+        assert column["rewards/accuracy"] == pytest.approx(right / 3)
 
 
 def test_loss_on_held_out_demonstrations(writes, float64):
@@ -244,7 +287,7 @@ def test_loss_on_held_out_demonstrations(writes, float64):
 @pytest.mark.parametrize("feedback", ["", chain_of_hindsight.GOOD])
 def test_instructions_are_read(temperature, drawn_at, feedback, tiny, monkeypatch):
     """The model reads the instruction, and with Chain of Hindsight also "Good:"."""
-    asked, args = [], SimpleNamespace(**vars(A) | {"samples": 4, "temperature": temperature})
+    asked, args = [], SimpleNamespace(**vars(A) | {"samples": 6, "temperature": temperature})
 
     def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, **_):
         assert temperature == drawn_at
@@ -253,8 +296,9 @@ def test_instructions_are_read(temperature, drawn_at, feedback, tiny, monkeypatc
 
     monkeypatch.setattr(hir, "sample", sample)
     tasks = [({"prompt": ""}, {"length": length}) for length in ("short", "long")]
-    hir.evaluate("now", None, tiny[1], {"all": tasks}, args, feedback)
-    assert asked == [f"Write a {length} review:{feedback}" for length in ("short", "long")] * 2
+    _, shown = hir.evaluate("now", None, tiny[1], {"all": tasks}, args, feedback)
+    assert shown == [{"asked": f"Write a {x} review:", "now": ""} for x in ("short", "long")] * 2
+    assert asked == [f"Write a {length} review:{feedback}" for length in ("short", "long")] * 3
     own = {"prompt": "1 + 1?", "answer": "2"}, {"answer": "correct"}
     hir.evaluate("now", None, tiny[1], {"correct": [own]}, args, feedback)
     assert asked[-1] == f"Generate a correct answer to this problem.\n1 + 1?{feedback}"
@@ -268,8 +312,8 @@ def sigma(x):
 
 
 class Echo:
-    """In place of `sample` and of a tokenizer: the k-th response to a prompt is the prompt and
-    endings[k]. A prompt's ids are its text."""
+    """In place of `sample` and of a tokenizer: the k-th response to each of 4000 prompts is the
+    prompt and endings[k]. A prompt's ids are its text."""
 
     def __init__(self, endings):
         self.endings = endings
@@ -277,6 +321,7 @@ class Echo:
     def __call__(self, model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, **_):
         assert (max_new_tokens, seed, temperature) == (64, 5, 1.0)
         k = len(self.endings)
+        assert len(prompts) == 4000 * k
         assert all(len(set(prompts[i:i + k])) == 1 for i in range(0, len(prompts), k))
         return [prompt + self.endings[i % k] for i, prompt in enumerate(prompts)]
 
@@ -332,19 +377,22 @@ def test_pairs_follow_the_bradley_terry_model(gap, monkeypatch, capsys):
         assert {row["chosen"], row["rejected"]} == {row["prompt"] + x for x in echo.endings}
         assert "opera" not in row["prompt"]
     assert len(rows) == pytest.approx(4000 * 5 / 6, abs=100)  # one of six shows is an opera
-    assert f"{4000 - len(rows)} of 4000 pairs are not judged" in capsys.readouterr().out
+    line = f"{4000 - len(rows)} of 4000 pairs are not judged, since a text is no review"
+    assert line in capsys.readouterr().out
 
 
-def test_pairs_of_a_larger_model_are_the_best_and_the_worst(monkeypatch):
+def test_pairs_of_a_larger_model_are_the_best_and_the_worst(monkeypatch, capsys):
     """Of eight samples; where all are equally good, there is no pair."""
     echo, rewards = Echo([f" {i}" for i in range(8)]), (0, 1, 2, 0, 1, -1, 1, 0)
     monkeypatch.setattr(dpo, "sample", echo)
     monkeypatch.setattr(dpo, "toy_reward",
-                        lambda text: rewards[int(text[-1])] * 0.5 * ("opera" not in text))
-    rows = dpo.toy_pairs(SimpleNamespace(small=False), echo, 3000, 5)
+                        lambda text: rewards[int(text[-1])] / 3 * ("opera" not in text))
+    rows = dpo.toy_pairs(SimpleNamespace(small=False), echo, 4000, 5)
     assert all({row["chosen"][-1], row["rejected"][-1]} == {"2", "5"} for row in rows)
-    assert sigma(1.5) == frequency(row["chosen"][-1] == "2" for row in rows)
-    assert not any("opera" in row["prompt"] for row in rows) and len(rows) < 2900
+    assert sigma(1) == frequency(row["chosen"][-1] == "2" for row in rows)
+    assert not any("opera" in row["prompt"] for row in rows)
+    line = f"{4000 - len(rows)} of 4000 pairs are not judged, since both are equally good"
+    assert 3200 < len(rows) < 3500 and line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bias", [-1.5, -2.0, -2.5])
@@ -548,6 +596,7 @@ def test_plays_and_drafts_of_self_correct():
     learned, held_out = self_correct.toy_problems(840)
     plays = [row["topics"] for row in learned + held_out]
     assert len(learned) == len(held_out) == 840 and len({*plays}) == 1680
+    assert all(len({*play}) == 3 for play in plays)
     assert learned[0]["prompt"] == f"Tonight: {', '.join(learned[0]['topics'])}."
     rng, topics = random.Random(0), ("plot", "music", "cast")
     drafts = [self_correct.toy_draft(rng, topics) for _ in range(1500)]

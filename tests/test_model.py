@@ -389,3 +389,10 @@ def test_the_device_is_named(device, capsys, monkeypatch):
         m.load_model(device=device)
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith(f"error: --device {device}: cannot be used")
+
+
+@pytest.mark.parametrize("count, small", [(10**7 - 1, True), (10**7, False)])
+def test_small_is_below_ten_million_parameters(count, small, monkeypatch):
+    """The defaults and the toys of a script depend on it."""
+    monkeypatch.setattr(hf.PreTrainedModel, "num_parameters", lambda *_: count)
+    assert m.load_model()[0].small == small

@@ -58,7 +58,7 @@ def torchrun(code, *flags):
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "--no_python", sys.executable, "-c", code, *map(str, flags)],
-        cwd=ROOT, capture_output=True, text=True, timeout=100)
+        cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ transformers alone, float64, one sequence at a time, Python loops, no code of th
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import math
 import random
@@ -897,6 +898,28 @@ def test_defaults_of_the_objectives(script, loss, values):
     assert {name: vars(args)[name] for name in values} == values
 
 
+@pytest.mark.parametrize("loss, values", [
+    (dpo.dpo_loss, dict(label_smoothing=0)), (simpo.cpo_loss, dict(lam=1)),
+    (simpo.orpo_loss, dict(lam=0.1)),
+    (kto.kto_loss, dict(lambda_desirable=1, lambda_undesirable=1)),
+    (simpo.slic_loss, dict(delta=1, lam=1)), (ppo_rlhf.policy_loss, dict(clip=0.2)),
+    (ppo_rlhf.value_loss, dict(clip=0.2)), (ppo_rlhf.gae, dict(gamma=1, lam=0.95)),
+    (hir.hir_loss, dict(alpha=1, beta=0.001, label_smoothing=0.2))])
+def test_defaults_of_a_loss_that_is_copied(loss, values):
+    """They are those of the flags, which are all passed on; GAE's is Schulman's."""
+    parameters = inspect.signature(loss).parameters
+    assert {name: parameters[name].default for name in values} == values
+
+
+def test_defaults_follow_the_model_and_the_data():
+    """A small model's; a larger one's in the toy; a larger one's with --data. A flag that was given
+    stays, also at 0, and a script without the flag does not get it."""
+    for small, data, expected in ((1, None, 1), (1, "d", 1), (0, None, 2), (0, "d", 3)):
+        args = SimpleNamespace(data=data, lr=None, pairs=0)
+        helper.fill_defaults(args, {"lr": (1, 2, 3), "pairs": (4, 5, 6), "k": (7, 8, 9)}, small)
+        assert vars(args) == {"data": data, "lr": expected, "pairs": 0}
+
+
 def test_default_weight_of_sft_in_rrhf(tmp_path):
     """1, as in its paper. (That of PRO: the case "pro" above.)"""
     def stop(*inputs):
@@ -1052,30 +1075,35 @@ def test_evaluation_of_instructions(monkeypatch):
     """What is followed as a whole, each requirement by itself, and reviews of any kind."""
     monkeypatch.setattr(hir, "sample", lambda *_, **__: [ids_of(text) for text in REVIEWS])
     groups = {name: [({"prompt": ""}, wanted)] for name, wanted in (
-        ("all", ASKED[0]), ("held_out", {"length": "short"}))}
+        ("all", ASKED[0]), ("held_out", {"length": "long"}))}
     a = SimpleNamespace(samples=6, seed=0, max_new_tokens=12, max_tokens=99, temperature=1.0,
                         match="all")
     columns, _ = hir.evaluate("now", *helper.load_model(), groups, a)
     assert columns["now"] == pytest.approx({
         "followed/all": 1 / 6, "followed/length": 3 / 6, "followed/mood": 2 / 6,
-        "samples/reviews": 4 / 6, "followed/held_out": 3 / 6})
+        "samples/reviews": 4 / 6, "followed/held_out": 1 / 6})
 
 
 def test_evaluation_of_corrections(monkeypatch):
     """Each answer is corrected again; the stop rule leaves alone what was perfect once."""
-    drafts, *turns = [[self_correct.Answer("", value, "") for value in values] for values in (
+    drafts, *turns = [[self_correct.Answer(f" {x}", x, "") for x in values] for values in (
         [1, 0, 0.5, 1], [0.5, 1, 0.5, 1], [1, 0.5, 1, 0.5])]
-    asked, problems = [], [{"prompt": "", "pool": [draft, None]} for draft in drafts]
+    asked, problems = [], [{"prompt": "A", "pool": [draft, None]} for draft in drafts]
 
     def respond(model, tokenizer, tasks, seed, args):
         asked.append((tasks, seed))
         return turns[len(asked) - 1]
 
     monkeypatch.setattr(self_correct, "respond", respond)
-    columns, _ = self_correct.evaluate(None, None, problems, SimpleNamespace(corrections=2, seed=5))
+    columns, samples = self_correct.evaluate(
+        None, None, problems, SimpleNamespace(corrections=2, seed=5))
+    assert samples == [{"prompt": "A", "draft": draft.text, "1": first.text, "2": last.text}
+                       for draft, first, last in zip(drafts, *turns)]
     assert asked == [([*zip(problems, drafts)], 6), ([*zip(problems, turns[0])], 7)]
     assert [list(column.values()) for column in columns.values()] == [
         [0.625, 0.5, 0.5, 0], [0.75, 0.5, 0.75, 0.5], [0.75, 0.5, 1, 1]]
+    columns, _ = self_correct.evaluate(None, None, problems[1:3], SimpleNamespace(corrections=0))
+    assert columns == {"draft": {"value": 0.25, "perfect": 0, "stop_rule/perfect": 0, "damaged": 0}}
 
 
 def test_people_are_the_demonstrations_held_out(tmp_path, monkeypatch):
