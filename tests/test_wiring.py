@@ -1022,6 +1022,7 @@ def test_evaluation_of_a_reward_model():
     """Ties count as wrong. (The calibration of given margins: test_losses.py)"""
     model, tokenizer = helper.load_model("reward", "reward")
     judge, rows, margins, gaps, prompts, losses = plain("reward", REWARD), [], [], [], [], []
+    gaps_of_length = []
     for row in RANKINGS:
         texts, ranks = row["responses"], row["ranks"]
         rows.append(dict(row, group=[encode(row["prompt"], text) for text in texts]))
@@ -1030,6 +1031,8 @@ def test_evaluation_of_a_reward_model():
         pairs = [(i, j) for i in range(len(r)) for j in range(len(r)) if ranks[i] < ranks[j]]
         margins += [r[i] - r[j] for i, j in pairs]
         prompts += [row["prompt"]] * len(pairs)
+        lengths = [len(response) for _, response in rows[-1]["group"]]
+        gaps_of_length += [lengths[i] - lengths[j] for i, j in pairs]
         losses.append(sum(math.log1p(math.exp(r[j] - r[i])) for i, j in pairs)
                       / math.comb(len(r), 2))
         gaps += [abs(true[i] - true[j]) for i, j in pairs]
@@ -1042,6 +1045,15 @@ def test_evaluation_of_a_reward_model():
     expected["pairs/held_out"] = len(prompts)
     expected["calibration/error"] = reward_model.calibration_error(torch.tensor(margins))
     assert columns["now"] == pytest.approx(expected, rel=1e-4)
+    a.data = "own rankings"  # of these the true reward is not known, and length may be all
+    own, _ = reward_model.evaluate("now", model, tokenizer, rows, a)
+    right, longer = ([x > 0 for x in numbers] for numbers in (margins, gaps_of_length))
+    assert own["now"]["pairs/longer_better"] == pytest.approx(fmean(longer))
+    for name, side in (("longer", True), ("shorter", False)):
+        of_side = [x for x, y, gap in zip(right, longer, gaps_of_length) if gap and y == side]
+        assert own["now"][f"pairs/accuracy_{name}"] == pytest.approx(fmean(of_side))
+    assert "pairs/ceiling" not in own["now"]
+    a.data = None
     model.score.weight.data.zero_()  # equal texts in one pass could differ by rounding
     columns, _ = reward_model.evaluate("now", model, tokenizer, rows, a)
     assert columns["now"]["pairs/accuracy"] == 0
