@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "figures"
-ONE, THREE, FIVE, EIGHT, FORTY = (range(n) for n in (1, 3, 5, 8, 40))
+ONE, TWO, THREE, FIVE, EIGHT, FORTY = (range(n) for n in (1, 2, 3, 5, 8, 40))
 VERIFIED = "-m variants.grpo --toy instructions --beta 0 --lr 1e-3"
 ALL = ("all",)  # a lesson or benchmark that knows its own seeds
 # name: (command, seeds, CPU seconds of one run). RUNS in a command is the folder of all runs.
@@ -67,13 +67,13 @@ RUNS = {
     "dr_grpo_corrected": ("-m variants.grpo --preset dr_grpo --kl corrected", THREE, 60),
     "divisors": ("-m lessons.divisors", ALL, 600),
     "verified_rloo_1": (f"{VERIFIED} --preset rloo --divisor tokens --requirements 1 --n 8",
-                        THREE, 60),
+                        TWO, 60),
     "verified_grpo_1": (f"{VERIFIED} --requirements 1 --n 8", THREE, 60),
     "verified_rloo_2": (f"{VERIFIED} --preset rloo --divisor tokens --requirements 2 --n 8",
                         FIVE, 60),
     "verified_grpo_2": (f"{VERIFIED} --requirements 2 --n 8", THREE, 60),
     "verified_rloo_3": (f"{VERIFIED} --preset rloo --divisor tokens --n 16",
-                        THREE, 60),
+                        TWO, 60),
     "verified_grpo_3": (f"{VERIFIED} --n 16", THREE, 60),
     "dpo": ("dpo.py", FORTY, 60),
     "cdpo": ("dpo.py --label_smoothing 0.1", THREE, 65),

@@ -2,8 +2,8 @@
 
     python -m lessons.divisors                     # about ten minutes on one core; can be resumed
 
-What to see in the figure: with --divisor length the wrong answers grow long, while the right ones
-do not. With --divisor constant both stay about as long as they were.
+What to see in the figure: with --divisor length the wrong answers end longer than the right ones,
+with --divisor constant shorter. The right ones grow alike in both, since friendly words take room.
 
 The toy of reviews, with a reward that does not look at the length: 1 for a review with more
 positive than negative words, else 0. Both runs are variants/grpo.py with --advantage centered and

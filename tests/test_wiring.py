@@ -642,7 +642,7 @@ CASES = {
     "raft": (raft, learn_rollouts, dict(ROLL, epochs=2, max_tokens=20)),
     "grpo": (grpo, learn_rollouts, dict(GROUPS, advantage="group", divisor="length", kl="loss")),
     "dr_grpo": (grpo, learn_rollouts, dict(
-        GROUPS, advantage="centered", divisor="constant", kl="corrected")),
+        GROUPS, advantage="centered", divisor="constant", kl="corrected", lr=2e-4)),
     "rloo": (grpo, learn_rollouts, dict(
         GROUPS, advantage="leave_one_out", divisor="constant", kl="reward", max_tokens=40)),
     "verified": (grpo, learn_rollouts, dict(
