@@ -246,11 +246,16 @@ def test_length_bias():
 # ----------------------------------------------------------------------------- verified rewards
 
 
-@pytest.mark.parametrize("text", ["42", " 42\n", "142", "so 42", "42 is it", ""])
+LONGER = ["so 42", "42 is it", "6 * 7 = 42.0."]
+
+
+@pytest.mark.parametrize("text", ["42", " 42\n", "142", "", *LONGER])
 def test_verify_is_the_rule_of_hir(text):
     problem = {"prompt": "6 * 7 =", "answer": " 42"}
-    right = hir.observe(problem, text, ended=True) == {"answer": "correct"}
-    assert grpo.verify(text, problem["answer"]) == right == (text.strip() == "42")
+    for match in ("all", "line", "number"):
+        right = hir.observe(problem, text, True, match) == {"answer": "correct"}
+        assert grpo.verify(text, problem["answer"], match) == right
+        assert right == (text.strip() == "42" or match == "number" and text in LONGER)
 
 
 def test_answers_are_those_that_would_be_learned(tiny, tmp_path, monkeypatch):
@@ -271,6 +276,11 @@ def test_answers_are_those_that_would_be_learned(tiny, tmp_path, monkeypatch):
     asked = ["2 + 2 ="] * 4 + ["3 + 3 ="] * 2 + [sorted_keys] * 2 + [messages]
     texts = ["4", " four", "6", "44", "6", "4", "42", "42 ok", "42 ok"]
     assert reward(asked, texts).tolist() == [1, 1, 0, 0, 1, 0, 0, 1, 1]
+    with pytest.raises(SystemExit):  # "four" holds no number
+        verified.load_verifier(tokenizer, tmp_path / "data", match="number")
+    (tmp_path / "data").write_text(json.dumps(data[0]))
+    reward = verified.load_verifier(tokenizer, tmp_path / "data", match="number")
+    assert reward(asked[:2], ["2 + 2 = 4", "5"]).tolist() == [1, 0]
 
 
 def test_instructions_are_rewarded_as_hir_follows_them(tiny, monkeypatch, capsys):

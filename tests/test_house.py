@@ -33,6 +33,7 @@ OWN = {"train", "evaluate", "pair_loss", "parse_args", "make_parser", "toy_revie
 # silence, and what --resume compares.
 BUDGET = {"sft": 3020, "reward_model": 3320, "dpo": 4640, "simpo": 4230, "ppo_rlhf": 5480,
           "hir": 4020, "self_correct": 4150, "model": 5650} | dict.fromkeys(VARIANTS, 1600)
+BUDGET["variants.grpo"] = 1630  # --match, so that verified rewards have the rule of hir.py
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENDMARKER}
 

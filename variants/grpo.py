@@ -114,7 +114,7 @@ def train(args, reward=None):
         if other.transformers.get_vocab() != tokenizer.transformers.get_vocab():
             fail(f"--reference {args.reference}: its tokenizer is not that of --model {args.model}")
         if not reward and args.data and not args.reward_model:
-            reward = load_verifier(tokenizer, args.data, verify)
+            reward = load_verifier(tokenizer, args.data, verify, args.match)
         prompts, held_out = load_prompts(tokenizer, policy.small, args)
         reward = reward or load_reward(reference, tokenizer, prompts, args)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5,
@@ -223,6 +223,8 @@ def parse_args(argv=None):
          help="price of a nat of KL, in the training and in J; 0.02 is usual with --data")
     flag("--ppo_epochs", type="positive", default=4,
          help="passes over a step's samples, two updates each")
+    flag("--match", default="all", choices=["all", "line", "number"],
+         help="verified: what of a reply has to equal that of the answer")
     flag("--toy", choices=["instructions"],
          help="those of hir.py, rewarded if all is done as asked; None: the reviews of ppo_rlhf.py")
     flag("--requirements", type=int, default=3, choices=[1, 2, 3],

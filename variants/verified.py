@@ -6,7 +6,7 @@ so can PPO and RAFT, as can a reward of your own:
     python -m variants.grpo --data mine.jsonl --model gpt2 --beta 0.02   # {"prompt", "answer"}
     python -m variants.grpo --toy instructions --requirements 2          # the toy of hir.py
 
-`verify` is the only rule. Replace it by your own, such as one that reads the last number of a text.
+`verify` is the only rule. Replace it by your own, such as one that runs a program.
 """
 
 import copy
@@ -14,19 +14,20 @@ import json
 
 import torch
 
-from hir import ask, evaluate, read_tasks, relabel, toy_done, toy_warm_up
-from model import read_jsonl, read_row
+from hir import ask, evaluate, final, read_tasks, relabel, toy_done, toy_warm_up
+from model import fail, read_jsonl, read_row
 
 
-def verify(text, answer):
-    """1 if the text is the answer, apart from spaces around it, else 0: the rule of hir.py.
+def verify(text, answer, match="all"):
+    """1 if the text gives the answer, else 0: the rule of hir.py.
 
-    It is not asked about a response that did not end, whose score is --missing_eos_score.
+    match: what is compared; see `final`. It is not asked about a response that did not end, whose
+    score is --missing_eos_score.
     """
-    return float(text.strip() == answer.strip())
+    return float(final(text, match) == final(answer, match))
 
 
-def load_verifier(tokenizer, path, rule=verify):
+def load_verifier(tokenizer, path, rule=verify, match="all"):
     """The reward for a file of {"prompt", "answer"}: a function (prompts, texts) -> scores (B,).
 
     A prompt may have several answers, in rows of their own. Each of them is right.
@@ -38,10 +39,12 @@ def load_verifier(tokenizer, path, rule=verify):
         example = tokenizer.encode_example(row["prompt"], row["answer"], 10**9)
         if example:  # as it would be learned: a chat template may write more than the answer
             answers.setdefault(asked, []).append(tokenizer.decode(example[1]))
+            if final(answers[asked][-1], match) is None:
+                fail(f'{row["where"]}: the answer holds no number, which --match number needs')
 
     def reward(prompts, texts):
         known = [answers[json.dumps(prompt, sort_keys=True)] for prompt in prompts]
-        return torch.tensor([max(rule(text, answer) for answer in right)
+        return torch.tensor([max(rule(text, answer, match) for answer in right)
                              for text, right in zip(texts, known)])
 
     return reward
