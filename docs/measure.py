@@ -330,6 +330,7 @@ SUMMARY = [("sft", "samples/true_reward"),
            ("simpo", "samples/quality"), ("hir", "followed/all"), ("self_correct", "perfect"),
            ("kto", "samples/true_reward"), ("raft", "samples/true_reward"),
            ("best_of_4", "samples/true_reward"),
+           ("rloo", "J/share_of_the_way"), ("grpo", "J/share_of_the_way"),
            ("rrhf", "samples/quality"), ("pro", "samples/quality"), ("coh", "followed/all"),
            ("tiny", "")]
 OF_GRPO = ("ppo", "ppo_lam", "rloo", "rloo_long", "grpo", "grpo_long", "grpo_k1", "dr_grpo_k3",
