@@ -785,7 +785,8 @@ class Run:
             if not key.endswith("_se"):
                 table += f"\n{key:25}"
                 for column in columns.values():
-                    table += f"{column[key]:11.3f}" if key in column else " " * 11
+                    value = column.get(key, "")
+                    table += f"{value:11.3f}" if isinstance(value, float) else f"{value:>11}"
                     error = column.get(f"{key}_se")
                     table += space if error is None else f" +- {error:.3f}"
                 table = table.rstrip()

@@ -385,7 +385,8 @@ def block_first():
     """What `python dpo.py` prints, as far as its first sample."""
     lines = stdout_of("dpo")
     first = next(i for i, line in enumerate(lines) if re.match(r"\d+ (of \d+ )?pairs", line))
-    sample = next(i for i, line in enumerate(lines) if i > first + 2 and line.startswith("prompt"))
+    table = next(i for i, line in enumerate(lines) if re.fullmatch(r" +before +after", line))
+    sample = next(i for i, line in enumerate(lines) if i > table and line.startswith("prompt"))
     shown = lines[first:sample + 3]
     return fenced([line for i, line in enumerate(shown) if line or shown[i - 1]])
 
