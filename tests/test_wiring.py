@@ -830,7 +830,7 @@ def test_first_of_forty_updates(name, tmp_path):
                 ids_of(rng.choice(list(REVIEWS)[:5])) for _ in prompts],
             toy_verdicts=lambda topics, text: [REVIEWS.get(text, [0])[0] > 0])
     group, = reached.value.args[0]
-    parent = {raft: ppo_rlhf, chain_of_hindsight: hir}.get(script, script)
+    parent = {raft: ppo_rlhf, grpo: ppo_rlhf, chain_of_hindsight: hir}.get(script, script)
     assert (group["weight_decay"], group["betas"]) == (0, (0.9, 0.95))
     peak = parent.DEFAULTS["lr"][0]  # tiny's
     assert group["lr"] == pytest.approx(peak / (10 if script is hir else 4))
