@@ -516,8 +516,8 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 7. What to watch. At the first step all rewards are 0 but for rounding. So a gap below
-        # 1e-4 counts as a tie, and a tie as wrong.
+        # 7. What to watch. At the first step all rewards are 0. Later the same pair may be rounded
+        # in another way (docs/dpo.md). So a gap below 1e-4 counts as a tie, and a tie as wrong.
         seen = torch.cat(all_gather(torch.cat(seen).cpu()))  # (b, 5) each -> (B, 5)
         loss, chosen, rejected, chosen_rewards, rejected_rewards = seen.unbind(1)  # (B,) each
         row = {
@@ -560,7 +560,7 @@ def make_parser(file, text, defaults):
     flag("--epochs", type="positive", default=1, help="passes over the data")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive",
-         help="examples in an update; None: 8 for up to 2,000 of them, else 32")
+         help="examples in an update; where None stands below: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
     flag("--pairs", type="positive", help="toy: pairs to sample")

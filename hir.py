@@ -289,7 +289,8 @@ def final(text, match):
     match: "all", "line" or "number". Numbers are equal if they are as numbers: 1,000.0 is 1000.
     """
     if match == "number":
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,000 is 1000, and (3,4) is 3 and 4
+        numbers = re.findall(r"(?:(?<![\w)])-)?\d+(?:\.\d+)?", text)  # 5-3 is 5 and 3
         return float(numbers[-1]) if numbers else None
     text = text.strip()
     return text.split("\n")[-1].strip() if match == "line" else text
@@ -412,7 +413,8 @@ def train(args):
             rng = random.Random(f"{args.seed} episode {step}")
             asked = rng.choices(tasks, k=count)
             online += sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args)
-            if args.data and {"answer": "correct"} not in [obeyed for _, _, obeyed, _ in online]:
+            right = [obeyed == {"answer": "correct"} for _, _, obeyed, _ in online]
+            if args.data and args.algo == "hir" and not any(right):
                 problem, _, _, output = online[-1]
                 fail(f"none of {len(online)} samples was right, so only the instruction for a "
                      f"wrong answer would be learned; a sample: {tokenizer.decode(output)[-200:]!r}"
@@ -422,7 +424,7 @@ def train(args):
             examples = [example for example in online if example[1] == example[2]]
         if not examples:
             fail(f"none of {count} samples did what it was asked, so there is nothing to imitate; "
-                 "take more --rounds, or --algo hir, which learns from failures too")
+                 "take more --rounds, or --algo hir, which learns from failures too; see --match")
 
         # 4. Offline: draw a batch. Each output is paired with the instruction that it obeys and
         # then, for the contrast, with alternatives that it does not obey.

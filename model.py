@@ -670,8 +670,8 @@ def fill_defaults(args, defaults, small):
 
 
 def warn_of_few(steps, args):
-    """Say so if the data makes only a few updates."""
-    if steps < 30 and not args.steps:
+    """Say so if a file makes only a few updates."""
+    if args.data and steps < 30 and not args.steps:
         warnings.warn(f"only {steps} updates, from which little is learned; use a lower "
                       "--batch_size or more --epochs")
 

@@ -592,6 +592,7 @@ def train(args, reward=None):
 
     # 2. The prompts, the reward, and texts for PPO-ptx, as responses to an empty prompt.
     prompts, held_out = load_prompts(tokenizer, policy.small, args)
+    stop = warnings.warn if reward else fail  # where all scores are equal, see 4.
     reward = reward or load_reward(reference, tokenizer, prompts, args)
     ptx = []
     if args.ptx_data:
@@ -615,12 +616,13 @@ def train(args, reward=None):
                                             rng.getrandbits(62), args)
         if step % args.save_every == 0:
             run.save_state(step, networks, optimizer, beta=beta)
-        equal = equal + 1 if scores.max() == scores.min() else 0
+        # A reward model never gives all samples one score, but a reward of your own may be 0 or 1.
+        equal = equal + 1 if scores.numel() > 1 and scores.max() == scores.min() else 0
         if equal == 5:
             cause = "look at the reward" if row["samples/without_eos"] < 1 else (
                 "no sample ends within --max_new_tokens; allow more tokens, or start from a model "
                 "that has learned to end, see sft.py")
-            fail(f"step {step + 1}: for 5 steps all scores have been equal, so there is nothing to "
+            stop(f"step {step + 1}: for 5 steps all scores have been equal, so there is nothing to "
                  f"learn: {cause}")
 
         # 5. Before any update: log-probs of all tokens, and values of the states before them.

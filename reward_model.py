@@ -424,7 +424,7 @@ def parse_args(argv=None):
     flag("--epochs", type="positive", default=1, help="passes over the rankings")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive",
-         help="prompts in an update; None: 8 for up to 2,000 of them, else 32")
+         help="prompts in an update; where None stands below: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--rankings", type="positive", help="toy: prompts with ranked responses")
     flag("--k", type=number(2), default=4, help="toy: responses to each prompt")

@@ -311,7 +311,8 @@ def final(text, match):
     match: "all", "line" or "number". Numbers are equal if they are as numbers: 1,000.0 is 1000.
     """
     if match == "number":
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,000 is 1000, and (3,4) is 3 and 4
+        numbers = re.findall(r"(?:(?<![\w)])-)?\d+(?:\.\d+)?", text)  # 5-3 is 5 and 3
         return float(numbers[-1]) if numbers else None
     text = text.strip()
     return text.split("\n")[-1].strip() if match == "line" else text

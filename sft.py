@@ -399,7 +399,7 @@ def parse_args(argv=None):
     flag("--epochs", type="positive", default=1, help="passes over the demonstrations")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive",
-         help="demonstrations in an update; None: 8 for up to 2,000 of them, else 32")
+         help="rows in an update; where None stands below: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
     flag("--examples", type="positive", help="toy: demonstrations to make")

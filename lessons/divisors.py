@@ -81,7 +81,10 @@ def main(argv=None):
             cells = []
             for first, last in STEPS.values():
                 means = [mean_tokens(steps[first:last], right) for steps in of_seeds]
-                cells.append(f"{statistics.mean(means):.1f} ± {statistics.stdev(means):.1f}")
+                cell = f"{statistics.mean(means):.1f}"
+                if len(means) > 1:
+                    cell += f" ± {statistics.stdev(means):.1f}"
+                cells.append(cell)
             lines.append(f"| {divisor} | {name} | {' | '.join(cells)} |")
     print("\n".join(lines))
     (out / "table.md").write_text("\n".join(lines) + "\n")

@@ -79,7 +79,8 @@ def make_files(path, folder):
     """Write train.jsonl, test.jsonl, sft.jsonl and judge.json; see the top of this file."""
     rows = read_jsonl(path)
     for row in rows:
-        if not isinstance(row.get("text"), str) or row.get("label") not in (0, 1):
+        label = row.get("label")
+        if not isinstance(row.get("text"), str) or type(label) is not int or label not in (0, 1):
             fail(f'{row["where"]}: give {{"text", "label"}}, where label is 1 or 0')
         row["text"] = re.sub(r"\s+([,.;:!?)]|n't)", r"\1", " ".join(row["text"].split()))
     rows = [row for row in rows if 7 <= len(row["text"].split()) <= 35]
@@ -91,6 +92,10 @@ def make_files(path, folder):
     if len(pairs) < 120 or len(rest) < 2000:
         fail(f"{path}: of its {len(rows)} reviews of 7 to 35 words {len(pairs)} beginnings have "
              f"both labels, and {len(rest)} are in no pair; at least 120 and 2,000 are needed")
+    share = sum(row["label"] for row in rest) / max(1, len(rest))
+    if abs(share - 0.5) > 0.1:
+        fail(f"{path}: of the reviews that are in no pair {share:.0%} are positive; the judge "
+             "needs about as many of both")
     judge, unseen = fit_judge(rest[1000:]), rest[600:1000]
     right = [(positive(row["text"], judge) > 0.5) == row["label"] for row in unseen]
     print(f"the judge is right on {sum(right) / len(right):.3f} of {len(right)} unseen reviews")
@@ -123,7 +128,10 @@ def judge_models(args):
     rows = read_jsonl(args.out / "test.jsonl")
     prompts = [x for x in dict.fromkeys(row["prompt"] for row in rows) for _ in range(args.n)]
     reference, columns, samples = None, {}, collections.defaultdict(dict)
-    for name in args.models:
+    labels = [Path(name).name for name in args.models]
+    if len(set(labels)) < len(labels):
+        labels = args.models
+    for label, name in zip(labels, args.models):
         model, tokenizer = load_model(name)
         reference = reference or model
         asked = [tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -132,7 +140,7 @@ def judge_models(args):
         groups = [[example] for example in zip(asked, outputs)]
         log_ratios = (group_logps(model, groups, 4096)
                       - group_logps(reference, groups, 4096))[:, 0]  # (P*n, 1) -> (P*n,)
-        shown = {Path(name).name: (range(len(texts)), log_ratios)}
+        shown = {label: (range(len(texts)), log_ratios)}
         if not columns and args.best_of:
             chosen = best_of(load_model(args.best_of, "reward"), prompts, texts, args.n)
             # The KL of best-of-n is at most log n - (n - 1)/n: Beirami et al., arXiv:2401.01879.
@@ -147,7 +155,7 @@ def judge_models(args):
                 [prompts[i] for i in places])
             for i in places:
                 samples[prompts[i]].setdefault(key, texts[i])
-        print(key, {x: round(value, 3) for x, value in columns[key].items()}, flush=True)
+            print(key, {x: round(value, 3) for x, value in columns[key].items()}, flush=True)
     return columns, samples
 
 

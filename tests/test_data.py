@@ -246,7 +246,9 @@ def test_only_finished_answers_that_match_exactly_are_right(text, ended, right):
 @pytest.mark.parametrize("match, text, right", [
     ("line", "Two and ten.\n\n 1,200 \n", True), ("line", "so 1,200", False), ("line", "", False),
     ("number", "It is 3 * 400 = 1200.0, I think.", True), ("number", "1200 or 7", False),
-    ("number", "-1200", False), ("number", "many", False)])
+    ("number", "-1200", False), ("number", "many", False), ("number", "2400 - 1,200", True),
+    ("number", "2400-1200", True), ("number", "(3,1200)", True), ("number", "x = -1200", False),
+    ("number", "31,200", False)])
 def test_a_reply_may_end_with_its_answer(match, text, right):
     """GSM8K's answers end with a number after the reasoning; so may a reply."""
     row = {"prompt": "?", "answer": "3 * 400 = 1200\n1,200"}

@@ -105,6 +105,9 @@ def test_ppo_stops_where_all_scores_are_equal(ends, cause, tmp_path, capsys, mon
     stops(capsys, ppo_rlhf.main, f"{flags} --steps 9", "step 5:", cause)
     assert (tmp_path / "state.pt").exists()
     ppo_rlhf.main(f"{flags} --steps 4".split())
+    with pytest.warns(UserWarning, match=cause):  # a reward of one's own may be 1 or 0
+        ppo_rlhf.train(ppo_rlhf.parse_args(f"{flags} --steps 5".split()),
+                       lambda prompts, texts: torch.ones(len(texts)))
 
 
 @pytest.mark.parametrize("script, flags", [

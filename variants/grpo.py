@@ -231,7 +231,7 @@ def parse_args(argv=None):
          help="an instruction asks for a length; and a mood; and a topic")
     args = parser.parse_args(argv)
     parser.set_defaults(**PRESETS[args.preset])
-    if args.toy or args.data and not args.reward_model:
+    if not args.reward_model if args.data else args.toy:
         parser.set_defaults(missing_eos_score=0.0)
     return parser.parse_args(argv)
 

@@ -184,8 +184,10 @@ def train(args):
     pairs = list(zip(good, bad)) or [(good + bad)[:1] * 2]  # evaluate needs at least one pair
     test = [{"pair": pair, "prompt": pair[0][0]} for pair in pairs]
     columns, samples = evaluate(model, reference, tokenizer, test, prompts[:8], args)
-    if not good or not bad:
-        del columns["after"]["rewards/margin"]
+    if not good or not bad:  # that pair was one response twice
+        for column in columns.values():
+            for key in [key for key in column if key.startswith(("rewards/", "pairs/"))]:
+                del column[key]
     run.report(columns, samples, panels=[
         ["loss"],
         ["rewards/chosen", "rewards/rejected"],
