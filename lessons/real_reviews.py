@@ -61,8 +61,8 @@ def fit_judge(rows):
     counts = [collections.Counter(word for row in rows if row["label"] == label
                                   for word in words(row["text"])) for label in (0, 1)]
     bad, good = counts
-    weights = {word: math.log((good[word] + 1) / (bad[word] + 1)) for word in bad.keys() | good}
-    return {"weights": {word: x for word, x in weights.items() if good[word] + bad[word] > 2},
+    known = sorted(word for word in bad.keys() | good if good[word] + bad[word] > 2)
+    return {"weights": {word: math.log((good[word] + 1) / (bad[word] + 1)) for word in known},
             "bias": 0.0}
 
 
@@ -92,7 +92,7 @@ def make_files(path, folder):
     if len(pairs) < 120 or len(rest) < 2000:
         fail(f"{path}: of its {len(rows)} reviews of 7 to 35 words {len(pairs)} beginnings have "
              f"both labels, and {len(rest)} are in no pair; at least 120 and 2,000 are needed")
-    share = sum(row["label"] for row in rest) / max(1, len(rest))
+    share = sum(row["label"] for row in rest) / len(rest)
     if abs(share - 0.5) > 0.1:
         fail(f"{path}: of the reviews that are in no pair {share:.0%} are positive; the judge "
              "needs about as many of both")
