@@ -616,7 +616,8 @@ def train(args, reward=None):
                                             rng.getrandbits(62), args)
         if step % args.save_every == 0:
             run.save_state(step, networks, optimizer, beta=beta)
-        # A reward model never gives all samples one score, but a reward of your own may be 0 or 1.
+        # Equal scores teach nothing. A reward of your own, such as 0 or 1, may leave this state
+        # again, so there it is a warning; a reward model whose scores are all equal will not.
         equal = equal + 1 if scores.numel() > 1 and scores.max() == scores.min() else 0
         if equal == 5:
             cause = "look at the reward" if row["samples/without_eos"] < 1 else (
