@@ -272,10 +272,14 @@ def toy_reward(review):
 
 
 def toy_grammatical(review):
-    """Whether a review is one or two sentences like " The plot was dull and long."."""
+    """Whether a review is one or two sentences like " The plot was dull and long.".
+
+    "dull and dull" does not count: no review that tiny/ learned from repeats a word like this.
+    """
     word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
     sentence = rf" (The ({aspect}) was|I found the ({aspect})) ({word})( and ({word}))?\."
-    return bool(re.fullmatch(f"({sentence}){{1,2}}", review))
+    repeated = re.search(r"\b(\w+) and \1\b", review)
+    return bool(re.fullmatch(f"({sentence}){{1,2}}", review)) and not repeated
 
 
 def toy_pairs(model, tokenizer, count, seed):

@@ -338,7 +338,7 @@ OF_GRPO = ("ppo", "ppo_lam", "rloo", "rloo_long", "grpo", "grpo_long", "grpo_k1"
 HOLDS = [  # a default run, a column of its table, a number in it, and what it has to reach
     ("reward_model", "after", "pairs/accuracy - pairs/ceiling", -0.02),
     ("ppo", "after", "J/share_of_the_way", 0.9), ("dpo", "after", "J/share_of_the_way", 0.8),
-    ("dpo", "after", "samples/grammatical", 0.95), ("simpo", "after", "samples/quality", 0.7),
+    ("dpo", "after", "samples/grammatical", 0.85), ("simpo", "after", "samples/quality", 0.7),
     ("hir", "after", "followed/all", 0.85), ("self_correct", "1", "perfect", 0.88)]
 BAD = [  # a run, the default run, the column to compare, numbers, and why it is so
     ("sft_bad", "sft", "after", ("loss", "samples/true_reward"),

@@ -552,6 +552,10 @@ def test_what_a_review_did():
             " The plot was dull. The plot was dull. The plot was dull.": ()}.items():
         assert hir.toy_done(text) == dict(zip(("length", "mood", "topic"), done))
         assert dpo.toy_grammatical(text) == ppo_rlhf.toy_grammatical(text) == bool(done)
+    for text, good in {" The plot was dull and dull.": False,
+                       " The plot was long. The cast was moving and moving.": False,
+                       " The plot was dull. The plot was dull.": True}.items():
+        assert dpo.toy_grammatical(text) == ppo_rlhf.toy_grammatical(text) == good
 
 
 @pytest.mark.parametrize("requirements, count", [(1, 2), (2, 6), (3, 48)])

@@ -52,7 +52,9 @@ def test_words_are_enumerated_and_judged_like_the_toy(tiny):
     again = frontier.logps_of(tiny[0], [
         tiny[1].encode_example(prompt, texts[i], 64) for i in few])
     assert torch.allclose(logps[few], again, atol=1e-4)
-    assert frontier.judged_pairs(*tiny, dpo.toy_prompts(), 8, 3) == dpo.toy_pairs(*tiny, 8, 3)
+    pairs = [row for row in frontier.judged_pairs(*tiny, dpo.toy_prompts(), 8, 3)
+             if dpo.toy_grammatical(row["chosen"]) and dpo.toy_grammatical(row["rejected"])]
+    assert pairs == dpo.toy_pairs(*tiny, 8, 3)
 
 
 @pytest.mark.parametrize("script", [ppo_rlhf, raft], ids=["ppo_rlhf", "raft"])
