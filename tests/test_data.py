@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ import ppo_rlhf
 import reward_model
 import self_correct
 import sft
-from model import Tokenizer, load_model, read_jsonl, save_model, split_by_prompt
+from model import Tokenizer, load_model, mean_by_prompt, read_jsonl, save_model, split_by_prompt
 from variants import on_policy_pairs, win_rate
 from variants.chain_of_hindsight import chains
 
@@ -211,11 +212,39 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     assert pair == [pair[0] | {
         "prompt": "A", "chosen": order[2]["response"], "rejected": order[0]["response"],
         "chosen_score": order[2]["score"], "rejected_score": order[0]["score"]}]
-    for name, rows in (("a", [order[0], order[2], samples[3]]), ("b", [order[2], order[2]])):
+    for name, rows in (("a", [order[0], order[2], *samples[3:5]]),
+                       ("b", [order[2], order[2], samples[3]])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     out = win_rate.main(f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/o".split())
-    assert out["win_rate"] == 0.75 and out["standard_error"] == pytest.approx(0.25 / 2**0.5)
-    assert "2 pairs; 1 rows have no partner" in capsys.readouterr().out
+    # 1 and 0.5 for prompt A, 0.5 for B. Length differs in one pair only, and that one is won.
+    assert out["win_rate"] == pytest.approx(2 / 3) and "win_rate_equal_length" not in out
+    assert out["win_rate_se"] == pytest.approx(1 / 9)
+    said = capsys.readouterr().out
+    assert "3 pairs; 1 rows have no partner" in said and "no win rate at equal length" in said
+
+
+def test_win_rate_at_equal_length():
+    """A line through two points, the logits of 6 wins of 8 at +2 tokens and of 1 in 4 at -1, is
+    known everywhere; so is its standard error. Twice the pairs of the same prompts know no more.
+    Nothing is said where length decides each pair, or is everywhere the same."""
+    longer, wins = torch.tensor([2.0] * 8 + [-1.0] * 4), torch.tensor([1.0] * 6 + [0, 0, 1, 0, 0, 0])
+    scores = torch.zeros(12), wins * 2 - 1
+    logit = (math.log(3) - 2 * math.log(3)) / 3  # at 0: a third of the first, two of the second
+    rate = 1 / (1 + math.exp(-logit))
+    variance = (1 / 8 / (3 / 16) + 4 / 4 / (3 / 16)) / 9 * 12 / 11
+    expected = {"win_rate": 7 / 12, "win_rate_equal_length": rate,
+                "win_rate_equal_length_se": rate * (1 - rate) * variance**0.5}
+    found = win_rate.win_rate(*scores, list(range(12)), longer)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    twice = win_rate.win_rate(*[x.repeat(2) for x in scores], [*range(12)] * 2, longer.repeat(2))
+    assert twice == pytest.approx(found) and "win_rate_se" in twice
+    other = win_rate.win_rate(*scores[::-1], list(range(12)), -longer)
+    assert other["win_rate_equal_length"] == pytest.approx(1 - rate)
+    plain = win_rate.rate_without(torch.zeros(12, 0), wins, [0, *range(11)])
+    metrics = mean_by_prompt({"x": wins}, [0, *range(11)])
+    assert plain == pytest.approx((metrics["x"], metrics["x_se"]))
+    for habit in (wins - 0.5, torch.ones(12), torch.zeros(12)):
+        assert win_rate.rate_without(habit[:, None], wins, range(12)) is None
 
 
 def test_ratio_is_one_at_the_first_update(tmp_path, monkeypatch):

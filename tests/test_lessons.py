@@ -11,8 +11,9 @@ import dpo
 import model as hub
 import ppo_rlhf
 import reward_model
-from lessons import divisors, frontier, real_reviews, rounds, vanishing
+from lessons import divisors, frontier, judge_habits, real_reviews, rounds, vanishing
 from variants import raft
+from variants.win_rate import rate_without
 
 LOGPS = REF.log()[None]  # (1, 5): the bandit is one prompt
 
@@ -148,3 +149,39 @@ def test_lengths_of_right_and_wrong_answers():
     steps = [[(10, 1.0), (20, 0.0), (40, 0.0)], [(30, 1.0)]]
     assert [divisors.mean_tokens(steps, right) for right in (0, 1)] == [30, 20]
     assert math.isnan(divisors.mean_tokens(steps[1:], 0))
+
+
+@pytest.mark.parametrize("habits, ways", [row[1:] for row in judge_habits.ROWS],
+                         ids=[row[0] for row in judge_habits.ROWS])
+def test_formulas_of_a_judge_with_habits(habits, ways):
+    """At `draw_at` a judge calls the models equal. A study's own standard error is the one that
+    `seen_from` uses, and a regression on probabilities, which have no noise, finds the formula."""
+    for way in ways:
+        d = judge_habits.draw_at(habits, way)
+        assert judge_habits.rate(d, habits, way) == pytest.approx(0.5)
+        slope = (judge_habits.rate(d + 0.01, habits, way) - 0.5) / 0.01
+        error = (judge_habits.seen_from(habits, way) - d) / judge_habits.ERRORS * slope
+        mean, errors = zip(*[judge_habits.study(d, habits, way, seed) for seed in range(8)])
+        assert sum(errors) / 8 == pytest.approx(error, rel=0.07)
+        assert sum(mean) / 8 == pytest.approx(0.5, abs=4 * error / 8**0.5)
+        places, names = judge_habits.WAYS[way]
+        if names:
+            x = judge_habits.features(judge_habits.LONGER, places, names)
+            p = judge_habits.chances(0.7, habits, judge_habits.LONGER, places).flatten()
+            rate, _ = rate_without(x, p, range(len(p)))
+            assert rate == pytest.approx(judge_habits.rate(0.7, habits, way))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 3.0])
+def test_position_is_gone_from_verdicts_that_agree(p):
+    """Of agreeing verdicts B wins sigma(2d), whatever the habit. Asked once a judge needs the whole
+    habit p more; both orders need cosh(p / 2) times what they need without one."""
+    sigma, habits, n = (lambda x: 1 / (1 + math.exp(-x))), {"position": p}, judge_habits.PROMPTS
+    for d in (-0.4, 0.0, 2.0):
+        won, lost = sigma(d + p) * sigma(d - p), sigma(-d - p) * sigma(p - d)
+        assert won / (won + lost) == pytest.approx(sigma(2 * d))
+        assert judge_habits.rate(d, habits, "agreeing") == pytest.approx(sigma(d))
+    needed = {"once": p + 1.96 * 2 / n**0.5, "both": 1.96 * (2 / n) ** 0.5 * math.cosh(p / 2)}
+    needed["agreeing"] = needed["both"]
+    for way, d in needed.items():
+        assert judge_habits.seen_from(habits, way) == pytest.approx(d)
