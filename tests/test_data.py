@@ -227,7 +227,8 @@ def test_win_rate_at_equal_length():
     """A line through two points, the logits of 6 wins of 8 at +2 tokens and of 1 in 4 at -1, is
     known everywhere; so is its standard error. Twice the pairs of the same prompts know no more.
     Nothing is said where length decides each pair, or is everywhere the same."""
-    longer, wins = torch.tensor([2.0] * 8 + [-1.0] * 4), torch.tensor([1.0] * 6 + [0, 0, 1, 0, 0, 0])
+    longer = torch.tensor([2.0] * 8 + [-1.0] * 4)
+    wins = torch.tensor([1.0] * 6 + [0, 0, 1, 0, 0, 0])
     scores = torch.zeros(12), wins * 2 - 1
     logit = (math.log(3) - 2 * math.log(3)) / 3  # at 0: a third of the first, two of the second
     rate = 1 / (1 + math.exp(-logit))
@@ -243,6 +244,7 @@ def test_win_rate_at_equal_length():
     plain = win_rate.rate_without(torch.zeros(12, 0), wins, [0, *range(11)])
     metrics = mean_by_prompt({"x": wins}, [0, *range(11)])
     assert plain == pytest.approx((metrics["x"], metrics["x_se"]))
+    assert not any("_se" in name for name in win_rate.win_rate(*scores, [0] * 12, longer))
     for habit in (wins - 0.5, torch.ones(12), torch.zeros(12)):
         assert win_rate.rate_without(habit[:, None], wins, range(12)) is None
 

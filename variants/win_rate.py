@@ -19,8 +19,8 @@ control what else a judge may like, and it cannot tell a judge's habit from a re
 responses: it takes both away. If every response of one side is longer, the number is extrapolated,
 and its standard error is large. Three warnings:
 - A judge that was also the reward of the training is not fair: the policy has learned its errors.
-- A judge that is the policy itself, or a relative of it, tends to prefer its own responses
-  (Zheng et al. 2023, arXiv:2306.05685v4, 3.3). Nothing computed here can show that.
+- A judge that is the policy itself, or a relative of it, may prefer its own responses (Zheng et al.
+  2023, arXiv:2306.05685v4, 3.3). Nothing that is computed here can show this.
 - A reward model reads one response at a time, so it has no position bias. A judge that reads both
   at once, as GPT-4 does in the DPO paper, often prefers the first one (Zheng et al., 3.3). It has
   to be asked in both orders. `python -m lessons.judge_habits` shows what each habit does.
@@ -42,8 +42,8 @@ def rate_without(habits, wins, prompts):
 
     A logistic regression: the logit of a win is an intercept + habits @ slopes, and the rate is
     sigma(intercept). habits: (P, C), such as the difference in length. wins: (P,), from 0 to 1.
-    prompts: P of them; the standard error counts different ones, as mean_by_prompt does. None
-    also stands for pairs that the habits separate, where slopes would grow for ever.
+    prompts: P of them; the standard error counts different ones, as mean_by_prompt does, and is NaN
+    for one. Pairs that the habits separate, where slopes would grow for ever, give None, too.
     """
     habits, wins = habits.double(), wins.double()
     scale = habits.square().mean(0).sqrt().clamp(min=1e-9)  # (C,): not centred, so 0 stays 0
@@ -75,7 +75,7 @@ def win_rate(a, b, prompts, longer):
     found = rate_without(longer[:, None], wins, prompts)
     if found:
         metrics |= {name: found[0], f"{name}_se": found[1]}
-    return metrics
+    return {key: x for key, x in metrics.items() if not math.isnan(x)}
 
 
 def load_judge(name, device):
