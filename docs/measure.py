@@ -83,6 +83,7 @@ RUNS = {
     "dpo_lora": ("dpo.py --lora_rank 8 --lr 1e-3", THREE, 75),
     "iterated": ("-m lessons.rounds pairs", ALL, 450),
     "judge_habits": ("-m lessons.judge_habits", ALL, 25),
+    "implicit_rewards": ("-m lessons.implicit_rewards", ALL, 290),
     "dpo_bad": ("dpo.py --beta 0.05 --lr 4e-3", ONE, 60),
     "simpo": ("simpo.py", EIGHT, 40),
     "rrhf": ("-m variants.rankings --loss rrhf", THREE, 40),

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from conftest import R, REF, v
+from conftest import I, J, NOISY, R, REF, tilted, v
 
 import dpo
 import model as hub
 import ppo_rlhf
 import reward_model
-from lessons import divisors, frontier, judge_habits, real_reviews, rounds, vanishing
+from lessons import (divisors, frontier, implicit_rewards, judge_habits, real_reviews, rounds,
+                     vanishing)
 from variants import raft
 from variants.win_rate import rate_without
 
@@ -185,3 +186,36 @@ def test_position_is_gone_from_verdicts_that_agree(p):
     needed["agreeing"] = needed["both"]
     for way, d in needed.items():
         assert judge_habits.seen_from(habits, way) == pytest.approx(d)
+
+
+def test_the_optimum_of_a_pool_of_samples():
+    """J* and the weights, for samples that are as frequent as two distributions say: exact."""
+    reference, policy = v(0.5, 0.25, 0.25), v(0.25, 0.25, 0.5)
+    drawn = torch.tensor([[0, 0, 1, 2, 0, 1, 2, 2]])  # four of the reference, four of the policy
+    rewards = v(-1.0, 0.3, 2.0)
+    best, weights = implicit_rewards.optimum(rewards[drawn], policy.log()[drawn],
+                                             reference.log()[drawn], 0.7)
+    best_policy = reference * (rewards / 0.7).exp()
+    assert float(best) == pytest.approx(0.7 * math.log(best_policy.sum()))
+    shares = torch.zeros(3).double().index_add(0, drawn[0], weights[0])
+    assert torch.allclose(shares, best_policy / best_policy.sum())
+
+
+def test_the_weight_of_a_pair_is_that_of_its_gradient():
+    """-d loss / dh = beta times the weight. At the optimum it is how often the label is the other
+    one, so the two labels of a pair pull equally hard."""
+    h, beta = v(-3.0, 0.0, 1.0, 8.0, grad=True), 0.5
+    loss = dpo.dpo_loss(h, torch.zeros(4), torch.zeros(4), torch.zeros(4), beta)
+    weight = implicit_rewards.gradient_weight(h.detach(), beta)
+    assert torch.allclose(torch.autograd.grad(loss.sum(), h)[0], -beta * weight)
+    log_ratio = (tilted(R, beta) / REF).log()
+    at_optimum = implicit_rewards.gradient_weight(log_ratio[I] - log_ratio[J], beta)
+    assert torch.allclose(at_optimum, NOISY[J, I])
+
+
+def test_the_spread_and_the_repetition_of_implicit_rewards():
+    x = v(1, 3, 50, 1, 1, 1).view(2, 3)  # SDs of the kept ones: sqrt(2), 0
+    kept = torch.tensor([[True, True, False], [True] * 3])
+    assert float(implicit_rewards.spread(x, kept)) == pytest.approx(math.sqrt(2) / 2)
+    texts = [" The plot was dull and dull.", " The plot was dull and long. The cast was long."]
+    assert [implicit_rewards.repeats(text) for text in texts] == [True, False]
