@@ -99,7 +99,7 @@ RUNS = {
     "self_correct_none": ("self_correct.py --feedback none", THREE, 170),
     "self_correct_bad": ("self_correct.py --alpha 1", ONE, 170),
     "tiny": ("-m tiny.make", ALL, 500),
-    "frontier": ("-m lessons.frontier", ALL, 6000),
+    "frontier": ("-m lessons.frontier", ALL, 4000),
     "gather": ("benchmarks/gather.py", ALL, 400),
     "dpo_step": ("benchmarks/dpo_step.py", ALL, 1500),
     "rollout": ("benchmarks/rollout.py", ALL, 500),

@@ -1,10 +1,11 @@
 """How much reward can be had for a given KL, and how near to that does each method come?
 
-    python -m lessons.frontier                     # about 40 minutes on two cores; can be resumed
+    python -m lessons.frontier                     # about 70 minutes of CPU; can be resumed
 
-What to see in the figure: PPO lies on the frontier and keeps to the language of the reference. DPO
-and IPO come nearly as near, but below, in "Who leaves the language?", some of their seeds have left
-it. SimPO and RAFT, which have no price of KL, fall further below the longer they run.
+What to see in the figure: PPO and RLOO lie on the frontier and keep to the language of the
+reference. DPO and IPO come nearly as near, but below, in "Who leaves the language?", some of their
+seeds have left it. SimPO and RAFT, which have no price of KL, fall further below the longer they
+run.
 
 No policy can have more reward at its KL from the reference than pi*(y) ~ pi_ref(y) exp(r(y)/beta)
 has at the same KL, for the beta that leads there. All these pi* together are the frontier: Figure 2
@@ -462,7 +463,8 @@ def draw(results, path):
                   label="frontier: pi*")
         if "ipo" in aims:
             aim = sorted((kl, r) for r, kl in aims["ipo"])
-            axis.plot(*zip(*aim), ":", color=colors["ipo"], lw=1, label="what ipo aims at")
+            axis.plot(*zip(*aim), "D", ms=10, mfc="none", color=colors["ipo"], zorder=1,
+                      label="what ipo aims at, for each tau")
         for method, color in colors.items():
             own = [row for row in rows if row["method"] == method]
             axis.plot([row["kl"] for row in own], [row["reward"] for row in own], "o", ms=4,
