@@ -11,7 +11,8 @@ import dpo
 import model as hub
 import ppo_rlhf
 import reward_model
-from lessons import divisors, frontier, real_reviews, rounds, vanishing
+import self_correct
+from lessons import divisors, frontier, real_reviews, rounds, swapped_generators, vanishing
 from variants import raft
 
 LOGPS = REF.log()[None]  # (1, 5): the bandit is one prompt
@@ -148,3 +149,20 @@ def test_lengths_of_right_and_wrong_answers():
     steps = [[(10, 1.0), (20, 0.0), (40, 0.0)], [(30, 1.0)]]
     assert [divisors.mean_tokens(steps, right) for right in (0, 1)] == [30, 20]
     assert math.isnan(divisors.mean_tokens(steps[1:], 0))
+
+
+def test_perfect_answers_are_kept_and_the_best_drafts_picked(monkeypatch):
+    """swapped_generators.py: the pairs of Eq. (3) are unchanged, and a perfect answer has itself
+    as its one correction, with probability 1. Of each n drafts the first of the best is kept."""
+    answers = [self_correct.Answer(f" {i}.", value, "") for i, value in enumerate((0.5, 1, 0, 1))]
+    before = self_correct.weigh(answers, 3.0, 1.0)
+    monkeypatch.setattr(self_correct, "find_pairs", swapped_generators.pairs_that_keep)
+    after = dict(zip(*self_correct.weigh(answers, 3.0, 1.0)))
+    assert {pair: after.pop(pair) for pair in [(answers[1],) * 2, (answers[3],) * 2]} == {
+        (answers[1],) * 2: 1, (answers[3],) * 2: 1}
+    assert after == pytest.approx(dict(zip(*before)))
+    assert swapped_generators.best_of(answers, 2) == [answers[1], answers[3]]
+    assert swapped_generators.best_of(answers, 4) == [answers[1]]
+    texts = (" dull cast, funny ring.", " dull ring, funny cast.", " dull cast.", "", " cast,.")
+    assert [swapped_generators.keeps_topics(("cast", "ring"), text) for text in texts] == [
+        True, False, False, False, False]
