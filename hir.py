@@ -18,7 +18,8 @@ ignoring what it is asked, and L_ent keeps its outputs diverse.
 
 Departures from the paper: the model is decoder-only (paper: FLAN-T5). As in the authors' code,
 L_con compares instructions for one problem, P_k is a mean per token, and label smoothing applies to
-L_con too. Samples are drawn at temperature 0.6 instead of 1. Only whole outputs are relabeled.
+L_con too. Samples are drawn at temperature 0.6 instead of 1. Only whole outputs are relabeled. An
+output that is no review is learned under an instruction of ours, "Write no review:".
 """
 
 import itertools
@@ -46,7 +47,8 @@ def relabel(wanted, done):
     """The instruction that an output obeys: phi in Algorithm 1.
 
     wanted: the instruction that was given. done: what the output did, as such a dictionary; {} if
-    no instruction describes it. An instruction that was followed stays as it is.
+    no instruction describes it: "Write no review:" in words. An instruction that was followed stays
+    as it is.
     """
     return {key: done[key] for key in wanted} if done else {}
 
@@ -337,14 +339,14 @@ def read_tasks(tokenizer, args, room):
     return list(itertools.product(usable, asked)), sets
 
 
-def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
+def sample_and_relabel(model, tokenizer, tasks, seed, temperature, args, feedback=""):
     """Sample an output for each task: (problem, instruction given, instruction obeyed, output ids).
 
     feedback: a word that is put before the output; see variants/chain_of_hindsight.py.
     """
     prompts = [tokenizer.encode_prompt(ask(problem, wanted)) + tokenizer.encode(feedback)
                for problem, wanted in tasks]
-    temperature = args.temperature or 1e-4  # for 0: it draws the likeliest token, too
+    temperature = temperature or 1e-4  # for 0: it draws the likeliest token, too
     outputs = sample(model, tokenizer, prompts, args.max_new_tokens, seed, temperature,
                      max_tokens=4 * args.max_tokens)
     samples = []
@@ -356,20 +358,30 @@ def sample_and_relabel(model, tokenizer, tasks, seed, args, feedback=""):
 
 
 def evaluate(name, model, tokenizer, sets, args, feedback=""):
-    """{name: the share of instructions that are followed, for each set of tasks}, and samples."""
+    """{name: the share of instructions that are followed, for each set of tasks}, and samples.
+
+    They are drawn at temperature 0.6 whatever --temperature is, so that runs can be compared. Of
+    the first set the share at temperature 1 is shown too: there label smoothing 0.2 costs the most.
+    """
     metrics, shown = {}, []
     print(f"evaluating {name} training: {args.samples} samples of {' and of '.join(sets)}")
-    for kind, tasks in sets.items():
-        tasks = (tasks * args.samples)[:args.samples]
-        samples = sample_and_relabel(model, tokenizer, tasks, args.seed, args, feedback)
-        metrics[f"followed/{kind}"] = fmean(obeyed == wanted for _, wanted, obeyed, _ in samples)
+
+    def draw(kind, temperature):
+        tasks = (sets[kind] * args.samples)[:args.samples]
+        samples = sample_and_relabel(model, tokenizer, tasks, args.seed, temperature, args,
+                                     feedback)
+        return samples, fmean(obeyed == wanted for _, wanted, obeyed, _ in samples)
+
+    for kind in sets:
+        samples, metrics[f"followed/{kind}"] = draw(kind, 0.6)
         if kind == "all":  # the toy: how often is each requirement met, whatever else is?
-            for key in tasks[0][1]:
+            for key in samples[0][1]:
                 metrics[f"followed/{key}"] = fmean(
                     obeyed.get(key) == wanted[key] for _, wanted, obeyed, _ in samples)
             metrics["samples/reviews"] = fmean(bool(obeyed) for _, _, obeyed, _ in samples)
         shown += [{"asked": ask(problem, wanted), name: tokenizer.decode(output)}
                   for problem, wanted, _, output in samples[:4]]
+    metrics["followed/at_temperature_1"] = draw([*sets][0], 1.0)[1]
     return {name: metrics}, shown
 
 
@@ -412,7 +424,8 @@ def train(args):
         if len(online) == step // K * count:
             rng = random.Random(f"{args.seed} episode {step}")
             asked = rng.choices(tasks, k=count)
-            online += sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args)
+            online += sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62),
+                                         args.temperature, args)
             right = [obeyed == {"answer": "correct"} for _, _, obeyed, _ in online]
             if args.data and args.algo == "hir" and not any(right):
                 problem, _, _, output = online[-1]
@@ -500,8 +513,8 @@ def make_parser(file, text, defaults):
          help="own data: what of a reply has to equal that of the answer; its last line or number")
     flag("--label_smoothing", type="fraction", default=0.2,
          help="probability that the loss spreads over other tokens and other instructions")
-    flag("--temperature", type="amount", default=0.6, help="of the samples; at temperature 1, "
-         "label smoothing 0.2 makes every fifth token random, and the next episode trains on that")
+    flag("--temperature", type="amount", default=0.6, help="of the samples that are learned "
+         "from; at temperature 1, label smoothing 0.2 makes every fifth token random")
     flag("--episodes", type="positive", default=8,
          help="times that samples are drawn and learned from")
     flag("--rounds", type="positive", default=8, help="batches of samples in an episode")

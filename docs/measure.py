@@ -94,10 +94,12 @@ RUNS = {
     "hir": ("hir.py", EIGHT, 130),
     "coh": ("-m variants.chain_of_hindsight", THREE, 90),
     "hir_bad": ("hir.py --temperature 1", ONE, 130),
+    "hir_unsmoothed": ("hir.py --temperature 1 --label_smoothing 0", ONE, 130),
     "hindsight": ("-m lessons.hindsight", ALL, 4000),
     "self_correct": ("self_correct.py", EIGHT, 170),
     "self_correct_none": ("self_correct.py --feedback none", THREE, 170),
     "self_correct_bad": ("self_correct.py --alpha 1", ONE, 170),
+    "swapped_generators": ("-m lessons.swapped_generators", ALL, 240),
     "tiny": ("-m tiny.make", ALL, 500),
     "frontier": ("-m lessons.frontier", ALL, 4000),
     "gather": ("benchmarks/gather.py", ALL, 400),
@@ -318,6 +320,8 @@ TABLES = {
         ("length_bias", "sums b=.1", "`--loss cpo --lam 0`")]),
     "hir": (("followed/all", "followed/held_out", "samples/reviews", "online/used"), 2,
             ["hir"]),
+    "hir_temperature": (("followed/all", "followed/at_temperature_1", "samples/reviews"), 2,
+                        ["hir", "hir_bad", "hir_unsmoothed"]),
     "self_correct": (("value", "perfect", "stop_rule/perfect", "damaged"), 2,
                      [(name, column, f"{command_of(name)}, {label}")
                       for name in ("self_correct", "self_correct_none", "self_correct_bad")
@@ -355,8 +359,9 @@ BAD = [  # a run, the default run, the column to compare, numbers, and why it is
                                      "kl/policy_reference", "rewards/accuracy"),
      "Eight passes, and no reference that holds it. The margin grows on pairs that it ranks "
      "correctly anyway."),
-    ("hir_bad", "hir", "after", ("followed/all", "samples/reviews"),
-     "Label smoothing asks for random tokens, and the next episode samples them."),
+    ("hir_bad", "hir", "after", ("followed/all", "followed/at_temperature_1", "samples/reviews"),
+     "Label smoothing asks for random tokens, and the next episode samples them. Most samples are "
+     "then no reviews. All but the second number are evaluated at temperature 0.6."),
     ("self_correct_bad", "self_correct", "3", ("damaged", "perfect"),
      "Small improvements are drawn nearly as often as large ones. So it keeps rewriting, even what "
      "was perfect."),

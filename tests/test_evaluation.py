@@ -283,25 +283,30 @@ def test_loss_on_held_out_demonstrations(writes, float64):
     assert list(columns["now"]) == ["loss"] and len(samples) == 8
 
 
-@pytest.mark.parametrize("temperature, drawn_at", [(0.6, 0.6), (0.0, 1e-4)])
 @pytest.mark.parametrize("feedback", ["", chain_of_hindsight.GOOD])
-def test_instructions_are_read(temperature, drawn_at, feedback, tiny, monkeypatch):
-    """The model reads the instruction, and with Chain of Hindsight also "Good:"."""
-    asked, args = [], SimpleNamespace(**vars(A) | {"samples": 6, "temperature": temperature})
+def test_instructions_are_read(feedback, tiny, monkeypatch):
+    """The model reads the instruction, and with Chain of Hindsight also "Good:". The evaluation
+    does not sample at --temperature, but at 0.6, and the first set also at 1."""
+    asked, drawn_at = [], []
+    args = SimpleNamespace(**vars(A) | {"samples": 6, "temperature": 0.3})
 
     def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, **_):
-        assert temperature == drawn_at
+        drawn_at.append(temperature)
         asked.extend(tokenizer.transformers.decode(ids[1:]) for ids in prompts)  # without BOS
         return [[tokenizer.eos_id]] * len(prompts)
 
     monkeypatch.setattr(hir, "sample", sample)
     tasks = [({"prompt": ""}, {"length": length}) for length in ("short", "long")]
-    _, shown = hir.evaluate("now", None, tiny[1], {"all": tasks}, args, feedback)
-    assert shown == [{"asked": f"Write a {x} review:", "now": ""} for x in ("short", "long")] * 2
-    assert asked == [f"Write a {length} review:{feedback}" for length in ("short", "long")] * 3
+    sets = {"all": tasks, "held_out": tasks}
+    _, shown = hir.evaluate("now", None, tiny[1], sets, args, feedback)
+    assert shown == [{"asked": f"Write a {x} review:", "now": ""} for x in ("short", "long")] * 4
+    assert asked == [f"Write a {length} review:{feedback}" for length in ("short", "long")] * 9
+    assert drawn_at == [0.6, 0.6, 1.0]
     own = {"prompt": "1 + 1?", "answer": "2"}, {"answer": "correct"}
     hir.evaluate("now", None, tiny[1], {"correct": [own]}, args, feedback)
     assert asked[-1] == f"Generate a correct answer to this problem.\n1 + 1?{feedback}"
+    hir.sample_and_relabel(None, tiny[1], tasks, 0, 0.0, args)
+    assert drawn_at[-1] == 1e-4  # 0 draws the likeliest token
 
 
 # ------------------------------------------------------------------------------- the toys' humans

@@ -313,7 +313,7 @@ def test_a_run_on_instructions(tmp_path, monkeypatch):
                "--lora_rank", "2", "--out", str(tmp_path / "run")])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["before"].keys() == results["after"].keys() == {
-        "followed/all", "followed/length", "samples/reviews"}
+        "followed/all", "followed/length", "samples/reviews", "followed/at_temperature_1"}
     log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     first, second = map(json.loads, log)
     assert first["kl/policy_reference"] == 0 and "samples/true_reward" not in first

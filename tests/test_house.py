@@ -27,12 +27,13 @@ OWN = {"train", "evaluate", "pair_loss", "parse_args", "make_parser", "toy_revie
 # Tokens of code that a file may have. More than planned: standard errors of J* (170 in dpo.py and
 # in ppo_rlhf.py each); held-out loss, margin and accuracy of real data with standard errors, and
 # what length alone would get (dpo 340, simpo 220, reward_model 140, model 80); what of a reply has
-# to equal its answer, and runs that cannot learn (hir 130, self_correct 190, ppo_rlhf 90). model.py
+# to equal its answer, and runs that cannot learn (hir 130, self_correct 190, ppo_rlhf 90); an
+# evaluation at one temperature whatever that of training is, and at 1 beside it (hir 40). model.py
 # holds the flags that all scripts share (which took 150 from each of them), and the checks for
 # users' own data and models: what a template, a tokenizer or a folder would otherwise do wrong in
 # silence, and what --resume compares.
 BUDGET = {"sft": 3010, "reward_model": 3320, "dpo": 4670, "simpo": 4230, "ppo_rlhf": 5500,
-          "hir": 4000, "self_correct": 4120, "model": 5690} | dict.fromkeys(VARIANTS, 1600)
+          "hir": 4040, "self_correct": 4120, "model": 5690} | dict.fromkeys(VARIANTS, 1600)
 # --match, so that verified rewards have the rule of hir.py; and samples (grpo), or the reference
 # (kto), scored in the parts of the first updates, which bf16 then rounds alike.
 BUDGET |= {"variants.grpo": 1640, "variants.kto": 1620}

@@ -11,8 +11,9 @@ import dpo
 import model as hub
 import ppo_rlhf
 import reward_model
+import self_correct
 from lessons import (divisors, frontier, implicit_rewards, judge_habits, real_reviews, rounds,
-                     vanishing)
+                     swapped_generators, vanishing)
 from variants import raft
 from variants.win_rate import rate_without
 
@@ -219,3 +220,20 @@ def test_the_spread_and_the_repetition_of_implicit_rewards():
     assert float(implicit_rewards.spread(x, kept)) == pytest.approx(math.sqrt(2) / 2)
     texts = [" The plot was dull and dull.", " The plot was dull and long. The cast was long."]
     assert [implicit_rewards.repeats(text) for text in texts] == [True, False]
+
+
+def test_perfect_answers_are_kept_and_the_best_drafts_picked(monkeypatch):
+    """swapped_generators.py: the pairs of Eq. (3) are unchanged, and a perfect answer has itself
+    as its one correction, with probability 1. Of each n drafts the first of the best is kept."""
+    answers = [self_correct.Answer(f" {i}.", value, "") for i, value in enumerate((0.5, 1, 0, 1))]
+    before = self_correct.weigh(answers, 3.0, 1.0)
+    monkeypatch.setattr(self_correct, "find_pairs", swapped_generators.pairs_that_keep)
+    after = dict(zip(*self_correct.weigh(answers, 3.0, 1.0)))
+    assert {pair: after.pop(pair) for pair in [(answers[1],) * 2, (answers[3],) * 2]} == {
+        (answers[1],) * 2: 1, (answers[3],) * 2: 1}
+    assert after == pytest.approx(dict(zip(*before)))
+    assert swapped_generators.best_of(answers, 2) == [answers[1], answers[3]]
+    assert swapped_generators.best_of(answers, 4) == [answers[1]]
+    texts = (" dull cast, funny ring.", " dull ring, funny cast.", " dull cast.", "", " cast,.")
+    assert [swapped_generators.keeps_topics(("cast", "ring"), text) for text in texts] == [
+        True, False, False, False, False]

@@ -1093,7 +1093,8 @@ def test_evaluation_of_instructions(monkeypatch):
     columns, _ = hir.evaluate("now", *helper.load_model(), groups, a)
     assert columns["now"] == pytest.approx({
         "followed/all": 1 / 6, "followed/length": 3 / 6, "followed/mood": 2 / 6,
-        "samples/reviews": 4 / 6, "followed/held_out": 1 / 6})
+        "samples/reviews": 4 / 6, "followed/held_out": 1 / 6,
+        "followed/at_temperature_1": 1 / 6})
 
 
 def test_evaluation_of_corrections(monkeypatch):

@@ -81,7 +81,8 @@ def train(args):
         if len(online) == step // K * count:
             rng = random.Random(f"{args.seed} episode {step}")
             asked = rng.choices(tasks, k=count)
-            drawn = sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62), args, GOOD)
+            drawn = sample_and_relabel(model, tokenizer, asked, rng.getrandbits(62),
+                                       args.temperature, args, GOOD)
             online += all_gather(drawn)[0]  # those of rank 0
         examples = chains(online)
         if not examples:

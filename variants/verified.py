@@ -57,7 +57,7 @@ def load_instructions(policy, tokenizer, args):
     review; the reference is the policy after it. The reward is 1 for a review that does all that it
     is asked, else 0.
     """
-    args.warm_up, args.temperature = 60, 0.6  # as in hir.py; the second is that of its evaluation
+    args.warm_up = 60  # as in hir.py
     tasks, sets = read_tasks(tokenizer, args, tokenizer.context - args.max_new_tokens)
     wanted = {ask(*task): task[1] for task in tasks}  # {prompt: instruction}
     toy_warm_up(policy, tokenizer, args)
@@ -70,7 +70,7 @@ def load_instructions(policy, tokenizer, args):
 
 
 def evaluate_instructions(policy, reference, tokenizer, sets, args):
-    """The numbers of hir.py, before and after, and samples. They are drawn at temperature 0.6."""
+    """The numbers of hir.py, before and after, and samples."""
     before, _ = evaluate("before", reference, tokenizer, sets, args)
     after, samples = evaluate("after", policy, tokenizer, sets, args)
     return before | after, samples
