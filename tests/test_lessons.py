@@ -1,5 +1,6 @@
 """What the lessons define themselves: formulas against enumeration, and rewards of their own."""
 
+import itertools
 import json
 import math
 
@@ -11,7 +12,8 @@ import dpo
 import model as hub
 import ppo_rlhf
 import reward_model
-from lessons import divisors, frontier, real_reviews, rounds, vanishing
+from lessons import (divisors, frontier, overoptimisation, real_reviews, reward_hacking, rounds,
+                     vanishing)
 from variants import raft
 
 LOGPS = REF.log()[None]  # (1, 5): the bandit is one prompt
@@ -148,3 +150,36 @@ def test_lengths_of_right_and_wrong_answers():
     steps = [[(10, 1.0), (20, 0.0), (40, 0.0)], [(30, 1.0)]]
     assert [divisors.mean_tokens(steps, right) for right in (0, 1)] == [30, 20]
     assert math.isnan(divisors.mean_tokens(steps[1:], 0))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_best_of_n_from_a_pool_is_that_of_all_its_subsets(n):
+    """The means of scores and of another value over all subsets of n of five samples; two tie."""
+    scores, values = v(0.3, -1, 2, 2, 0)[None], v(5, 1, 2, 2, 4)[None]  # (1, 5)
+    best = [max(subset, key=lambda i: scores[0, i]) for subset in
+            itertools.combinations(range(5), n)]
+    for numbers in (scores, values):
+        assert overoptimisation.best_of_n_mean(scores, numbers, n) == pytest.approx(
+            float(numbers[0, best].mean()))
+    texts = [" The plot was superb.", " The plot was dull.", " superb superb."] * 200
+    rows = overoptimisation.best_of_n_rows(torch.arange(600.0)[None], texts)
+    first = dict(zip(overoptimisation.KEYS, (0, 299.5, 2 / 3, 0, 2 / 3)))
+    assert rows[0] == pytest.approx(first) and len(rows) == 10
+    assert rows[1][overoptimisation.KEYS[0]] == pytest.approx(math.log(2) - 1 / 2)
+
+
+def test_the_log_of_ppo_with_the_reward_in_grammatical_reviews(tmp_path, monkeypatch, capsys):
+    """A text that repeats a word or leaves the grammar counts 0. Each number stands in the row of
+    its own step: were all texts grammatical, it would be the true reward of that row."""
+    texts = [" The plot was superb and funny.", " The plot was funny and funny.", " superb", " No."]
+    assert reward_hacking.reward_in_grammar(texts) == 2 / 4
+    monkeypatch.setattr(ppo_rlhf, "toy_grammatical", lambda text: True)
+    monkeypatch.setattr(reward_hacking, "load_judge", lambda *flags: lambda prompts, texts:
+                        torch.tensor([*map(float, map(len, texts))]))
+    rows = reward_hacking.train_ppo(tmp_path / "ppo", *"--reward_model judge --steps 2 --samples 1 "
+                                    "--batch_size 8 --ppo_epochs 1 --max_new_tokens 32 "
+                                    "--device cpu".split())
+    true = [row["samples/true_reward"] for row in rows]
+    assert len(rows) == 3 and len(set(true)) > 1
+    assert [row["true_reward/grammatical"] for row in rows] == pytest.approx(true)
+    assert rows == reward_hacking.train_ppo(tmp_path / "ppo")
