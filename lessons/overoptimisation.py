@@ -1,6 +1,6 @@
 """How far can a learned reward be optimised before the true reward stops following it?
 
-    python -m lessons.overoptimisation             # about 4 minutes on one core; can be resumed
+    python -m lessons.overoptimisation             # about 5 minutes on one core; can be resumed
 
 What to see in the figure: the scores, above, look alike for all reward models, and go on rising.
 The true reward, below, follows only as far as the reward model has learned it: from 32 rankings it

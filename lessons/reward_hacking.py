@@ -4,7 +4,8 @@
 
 What to see in the figure: without the penalty the policy leaves the language. The score, which is
 all that PPO sees, goes on rising, and so does the true reward, since it counts friendly words
-wherever they stand. Counted in grammatical reviews alone (dashed) it falls to 0.
+wherever they stand. Counted in grammatical reviews alone (dashed) it rises at first, then falls to
+0; the KL and the share of grammatical reviews show that something is wrong.
 
 Trains a reward model (`python reward_model.py`), then the same PPO twice: with --beta 0, and with
 the toy's usual 0.5. The reward model has seen samples of the reference only. A review that leaves
