@@ -53,7 +53,8 @@ RUNS = {
     "pipeline_rm": ("reward_model.py --model RUNS/sft/0", ONE, 90),
     "pipeline_ppo": ("ppo_rlhf.py --model RUNS/sft/0 --reward_model RUNS/pipeline_rm/0",
                      ONE, 110),
-    "reward_hacking": ("-m lessons.reward_hacking", ALL, 600),
+    "reward_hacking": ("-m lessons.reward_hacking", ALL, 300),
+    "overoptimisation": ("-m lessons.overoptimisation", ALL, 300),
     "online": ("-m lessons.rounds labels", ALL, 1100),
     "vanishing": ("-m lessons.vanishing", ALL, 400),
     "ppo_lam": ("ppo_rlhf.py --lam 0.95", FIVE, 95),
@@ -501,7 +502,7 @@ def block_wrong():
 FIGURES = {  # of seed 0. name: the title, and for each panel the label of its y axis and its lines
     "sft": ("SFT: the loss falls a little; the rest is free choice of words", [
         ("loss, nats a token", ["loss"]), ("gradient norm", ["grad_norm"])]),
-    "reward_model": ("Reward model: the loss falls from log 2", [
+    "reward_model": ("Reward model: the loss stays at log 2 for some 40 steps, then falls", [
         ("loss, nats a pair", ["loss"]), ("gradient norm", ["grad_norm"])]),
     "ppo": ("PPO: the reward rises while the KL stays small", [
         ("reward of samples", ["scores/mean"]),

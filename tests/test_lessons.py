@@ -1,5 +1,6 @@
 """What the lessons define themselves: formulas against enumeration, and rewards of their own."""
 
+import itertools
 import json
 import math
 
@@ -12,8 +13,8 @@ import model as hub
 import ppo_rlhf
 import reward_model
 import self_correct
-from lessons import (divisors, frontier, implicit_rewards, judge_habits, real_reviews, rounds,
-                     swapped_generators, vanishing)
+from lessons import (divisors, frontier, implicit_rewards, judge_habits, overoptimisation,
+                     real_reviews, reward_hacking, rounds, swapped_generators, vanishing)
 from variants import raft
 from variants.win_rate import rate_without
 
@@ -237,3 +238,36 @@ def test_perfect_answers_are_kept_and_the_best_drafts_picked(monkeypatch):
     texts = (" dull cast, funny ring.", " dull ring, funny cast.", " dull cast.", "", " cast,.")
     assert [swapped_generators.keeps_topics(("cast", "ring"), text) for text in texts] == [
         True, False, False, False, False]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_best_of_n_from_a_pool_is_that_of_all_its_subsets(n):
+    """The means of scores and of another value over all subsets of n of five samples; two tie."""
+    scores, values = v(0.3, -1, 2, 2, 0)[None], v(5, 1, 2, 2, 4)[None]  # (1, 5)
+    best = [max(subset, key=lambda i: scores[0, i]) for subset in
+            itertools.combinations(range(5), n)]
+    for numbers in (scores, values):
+        assert overoptimisation.best_of_n_mean(scores, numbers, n) == pytest.approx(
+            float(numbers[0, best].mean()))
+    texts = [" The plot was superb.", " The plot was dull.", " superb superb."] * 200
+    rows = overoptimisation.best_of_n_rows(torch.arange(600.0)[None], texts)
+    first = dict(zip(overoptimisation.KEYS, (0, 299.5, 2 / 3, 0, 2 / 3)))
+    assert rows[0] == pytest.approx(first) and len(rows) == 10
+    assert rows[1][overoptimisation.KEYS[0]] == pytest.approx(math.log(2) - 1 / 2)
+
+
+def test_the_log_of_ppo_with_the_reward_in_grammatical_reviews(tmp_path, monkeypatch, capsys):
+    """A text that repeats a word or leaves the grammar counts 0. Each number stands in the row of
+    its own step: were all texts grammatical, it would be the true reward of that row."""
+    texts = [" The plot was superb and funny.", " The plot was funny and funny.", " superb", " No."]
+    assert reward_hacking.reward_in_grammar(texts) == 2 / 4
+    monkeypatch.setattr(ppo_rlhf, "toy_grammatical", lambda text: True)
+    monkeypatch.setattr(reward_hacking, "load_judge", lambda *flags: lambda prompts, texts:
+                        torch.tensor([*map(float, map(len, texts))]))
+    rows = reward_hacking.train_ppo(tmp_path / "ppo", *"--reward_model judge --steps 2 --samples 1 "
+                                    "--batch_size 8 --ppo_epochs 1 --max_new_tokens 32 "
+                                    "--device cpu".split())
+    true = [row["samples/true_reward"] for row in rows]
+    assert len(rows) == 3 and len(set(true)) > 1
+    assert [row["true_reward/grammatical"] for row in rows] == pytest.approx(true)
+    assert rows == reward_hacking.train_ppo(tmp_path / "ppo")
