@@ -57,6 +57,8 @@ RUNS = {
     "overoptimisation": ("-m lessons.overoptimisation", ALL, 300),
     "online": ("-m lessons.rounds labels", ALL, 1100),
     "vanishing": ("-m lessons.vanishing", ALL, 400),
+    "alignment_tax": ("-m lessons.alignment_tax", ALL, 280),
+    "clip": ("-m lessons.clip", ALL, 200),
     "ppo_lam": ("ppo_rlhf.py --lam 0.95", FIVE, 95),
     "rloo": ("-m variants.grpo --preset rloo", FIVE, 60),
     "rloo_long": ("-m variants.grpo --preset rloo --steps 57", FIVE, 85),

@@ -13,8 +13,9 @@ import model as hub
 import ppo_rlhf
 import reward_model
 import self_correct
-from lessons import (divisors, frontier, implicit_rewards, judge_habits, overoptimisation,
-                     real_reviews, reward_hacking, rounds, swapped_generators, vanishing)
+from lessons import (alignment_tax, clip, divisors, frontier, implicit_rewards, judge_habits,
+                     overoptimisation, real_reviews, reward_hacking, rounds, swapped_generators,
+                     vanishing)
 from variants import raft
 from variants.win_rate import rate_without
 
@@ -271,3 +272,51 @@ def test_the_log_of_ppo_with_the_reward_in_grammatical_reviews(tmp_path, monkeyp
     assert len(rows) == 3 and len(set(true)) > 1
     assert [row["true_reward/grammatical"] for row in rows] == pytest.approx(true)
     assert rows == reward_hacking.train_ppo(tmp_path / "ppo")
+
+
+def test_loss_on_summaries_is_logged_beside_what_ppo_logs(tiny, tmp_path, monkeypatch):
+    """It is the mean over the summaries' tokens, EOS included, of -log pi, and no token of a post
+    counts; learn is itself again after the run, also if the run fails."""
+    posts, rows = alignment_tax.make_posts(3, 0), []
+    total = tokens = 0
+    for post, _, summary in posts:
+        prompt, response = tiny[1].encode_example(post, summary, 512)
+        logits = tiny[0](input_ids=torch.tensor([prompt + response])).logits
+        logps = logits[0].detach().log_softmax(1)  # (T, V)
+        total -= sum(float(logps[len(prompt) + t - 1, token]) for t, token in enumerate(response))
+        tokens += len(response)
+
+    def learn(networks, *rest):
+        return {"policy/loss": rest[0]}
+
+    def train(args):
+        rows.append(ppo_rlhf.learn([tiny[0], None], 7.0))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ppo_rlhf, "learn", learn)
+    monkeypatch.setattr(ppo_rlhf, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        alignment_tax.train([], tmp_path, tiny[1], posts)
+    assert rows == [{"policy/loss": 7.0, "summaries/loss": pytest.approx(total / tokens, abs=1e-4)}]
+    assert ppo_rlhf.learn is learn
+    log = [{"scores/mean": reward, "loss": loss} for reward, loss in
+           ((0, 9), (1.9, 1), (2.2, 2), (2, 6), (3, 9))]
+    assert alignment_tax.at_reward(log, 2, "loss") == 3
+
+
+@pytest.mark.parametrize("limit, loss, slope", [(0.2, -1.2, 0), (1e9, -1.5, -1.5)])
+def test_runs_with_and_without_a_clip(limit, loss, slope, tmp_path, monkeypatch):
+    """A token with advantage 1 and ratio 1.5 gains no more than 1.2 with the clip of 0.2, and has
+    no gradient. Without it the token has both."""
+    seen, own = [], ppo_rlhf.policy_loss
+
+    def train(args):
+        ratio = v(math.log(1.5), grad=True)
+        value = ppo_rlhf.policy_loss(ratio[None], v(0.0)[None], v(1.0)[None], v(1.0)[None])
+        value.backward()
+        seen.append((value.item(), ratio.grad.item()))
+        (tmp_path / "metrics.jsonl").write_text("{}")
+
+    monkeypatch.setattr(ppo_rlhf, "train", train)
+    assert clip.train("2e-4", limit, 0, tmp_path) == [{}] and ppo_rlhf.policy_loss is own
+    assert seen == [pytest.approx((loss, slope))]
