@@ -92,7 +92,8 @@ RUNS = {
     "rrhf": ("-m variants.rankings --loss rrhf", THREE, 40),
     "pro": ("-m variants.rankings --loss pro", THREE, 40),
     "simpo_bad": ("simpo.py --epochs 8", ONE, 150),
-    "length_bias": ("-m lessons.length_bias", THREE, 150),
+    "length_bias": ("-m lessons.length_bias", ALL, 450),
+    "lazy_annotators": ("-m lessons.lazy_annotators", ALL, 200),
     "objectives": ("-m lessons.objectives", ALL, 1500),
     "hir": ("hir.py", EIGHT, 130),
     "coh": ("-m variants.chain_of_hindsight", THREE, 90),
@@ -316,11 +317,6 @@ TABLES = {
     "dpo": ((*OF_J, "rewards/accuracy"), 2,
             ["dpo", "cdpo", "ipo", "rdpo", "kto", "dpo_lora"]),
     "simpo": (("samples/win_rate", *OF_SUMMARIES, "rewards/accuracy"), 2, ["simpo", "rrhf", "pro"]),
-    "length_bias": (OF_SUMMARIES, 2, [
-        ("length_bias", "before", "before"), ("length_bias", "simpo", "`python simpo.py`"),
-        ("length_bias", "no margin", "`--gamma_beta_ratio 0`"),
-        ("length_bias", "sums", "`--loss cpo --lam 0 --beta 2`"),
-        ("length_bias", "sums b=.1", "`--loss cpo --lam 0`")]),
     "hir": (("followed/all", "followed/held_out", "samples/reviews", "online/used"), 2,
             ["hir"]),
     "hir_temperature": (("followed/all", "followed/at_temperature_1", "samples/reviews"), 2,
@@ -512,9 +508,9 @@ FIGURES = {  # of seed 0. name: the title, and for each panel the label of its y
     "dpo": ("DPO: the implicit rewards of both responses fall, their difference grows", [
         ("loss, nats", ["loss"]),
         ("beta log(pi / pi_ref)", ["rewards/chosen", "rewards/rejected"])]),
-    "simpo": ("SimPO: chosen responses become likelier than rejected ones", [
+    "simpo": ("SimPO: rejected responses become less likely, chosen ones hardly change", [
         ("loss, nats", ["loss"]),
-        ("mean log-prob, nats a token", ["rewards/chosen", "rewards/rejected"])]),
+        ("mean log-prob a token", ["rewards/chosen", "rewards/rejected"])]),
     "hir": ("HIR: after some episodes the model does what it is asked", [
         ("share of samples", ["online/followed", "online/used"]),
         ("share of outputs", ["contrast/accuracy"])]),
@@ -529,18 +525,23 @@ def draw(name):
     title, panels = FIGURES[name]
     log = (folder_of(name) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in log]
-    figure = Figure(figsize=(7, 2.8))
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(7, 3.1))
     for number, (label, keys) in enumerate(panels, 1):
         axis = figure.add_subplot(1, len(panels), number)
         for key in keys:
             values = [row[key] for row in rows]
-            line, = axis.plot(values, alpha=0.25)
+            line, = axis.plot(steps, values, alpha=0.25)
             means = [statistics.mean(values[max(0, i - 7):i + 1]) for i in range(len(values))]
-            axis.plot(means, color=line.get_color(), label=key)
+            axis.plot(steps, means, color=line.get_color(), label=key)
         axis.set(xlabel="step", ylabel=label)
-        axis.legend()
+        # Above the panel, where it hides no curve.
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(keys), fontsize=8,
+                    frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
+    figure.text(0.5, 0.01, "faint: each step; bold: mean of the last eight steps", fontsize=8,
+                ha="center")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(PICTURES / f"{name}.png", dpi=100)
 
 

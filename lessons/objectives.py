@@ -192,7 +192,7 @@ def main(argv=None):
     axes[2].set_ylabel("true quality")
     axes[3].axis("off")
     axes[3].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center", ncols=2)
-    figure.suptitle("All objectives on the same 512 posts")
+    figure.suptitle("All objectives on the same 512 posts (error bars: SD over seeds)", fontsize=11)
     figure.tight_layout()
     figure.savefig(out / "objectives.png", dpi=100)
     print(f"the table is in {out / 'table.md'}, the figure in {out / 'objectives.png'}")

@@ -14,8 +14,8 @@ import ppo_rlhf
 import reward_model
 import self_correct
 from lessons import (alignment_tax, clip, divisors, frontier, implicit_rewards, judge_habits,
-                     overoptimisation, real_reviews, reward_hacking, rounds, swapped_generators,
-                     vanishing)
+                     lazy_annotators, length_bias, overoptimisation, real_reviews, reward_hacking,
+                     rounds, swapped_generators, vanishing)
 from variants import raft
 from variants.win_rate import rate_without
 
@@ -320,3 +320,34 @@ def test_runs_with_and_without_a_clip(limit, loss, slope, tmp_path, monkeypatch)
     monkeypatch.setattr(ppo_rlhf, "train", train)
     assert clip.train("2e-4", limit, 0, tmp_path) == [{}] and ppo_rlhf.policy_loss is own
     assert seen == [pytest.approx((loss, slope))]
+
+
+def test_what_the_lazy_human_likes():
+    """The longest run of words from the post, in any case; at weight 0 only true quality counts."""
+    row = {"prompt": "It rained a lot. A ring got lost. We were in Rome.\nTL;DR:",
+           "facts": {"what": "ring", "where": "Rome"},
+           "responses": [" It rained a lot.", " Somebody lost a ring in Rome."]}
+    copy, summary = row["responses"]
+    # Of "Somebody lost a ring in Rome" the post has "a ring" and "in Rome", but in two places.
+    assert [lazy_annotators.copied(text, row["prompt"]) for text in (copy, summary, "")] == [
+        1, pytest.approx(2 / 6), 0]
+    assert lazy_annotators.liking(copy, row, 5) == pytest.approx(4 * -0.04 + 5)
+    assert lazy_annotators.liking(summary, row, 3) == pytest.approx(4 * (1 - 0.06) + 1)
+    odds = math.exp(4 * (0.94 + 0.04) - 6 * (1 - 2 / 6))
+    assert lazy_annotators.prefers(summary, copy, row, 6) == pytest.approx(odds / (1 + odds))
+    counts = [sum(pair["chosen"] == copy for pair in lazy_annotators.judge([row] * 2000, weight, 0))
+              / 2000 for weight in (0, 6)]
+    expected = [lazy_annotators.prefers(copy, summary, row, weight) for weight in (0, 6)]
+    assert counts == pytest.approx(expected, abs=0.04)  # 3.6 SDs of 2,000 draws
+    assert lazy_annotators.judge([row | {"responses": [copy]}], 0, 0) == []
+
+
+def test_means_over_seeds_of_length_bias():
+    """Means and SDs, of which one seed has none; the start has no KL."""
+    seeds = [{"before": dict.fromkeys(length_bias.METRICS[:5], x),
+              "simpo": dict.fromkeys(length_bias.METRICS, 2 * x)} for x in (1.0, 3.0)]
+    table = length_bias.means(seeds)
+    assert set(table["before"]) == set(length_bias.METRICS[:5])
+    assert table["before"]["samples/tokens"] == pytest.approx((2, math.sqrt(2)))
+    assert table["simpo"]["kl/policy_reference"] == pytest.approx((4, math.sqrt(8)))
+    assert length_bias.means(seeds[:1])["simpo"]["samples/quality"] == (2, 0)
