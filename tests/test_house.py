@@ -192,6 +192,16 @@ def test_code_on_pages_is_that_of_the_source(page):
         assert f"<!-- results: lessons -->\n{measure.block_lessons()}\n<!-- end -->" in text
 
 
+def test_lectures_take_90_minutes():
+    """Each of the four, row after row. All rows have seven cells, and all times are known."""
+    text = (ROOT / "docs" / "lectures.md").read_text(encoding="utf-8")
+    for lecture in re.split(r"^## Lecture ", text, flags=re.M)[1:]:
+        rows = re.findall(r"^\| (\d+)–(\d+) (\|.*)", lecture.partition("\n### ")[0], re.M)
+        assert [int(end) for _, end, _ in rows] == [*(int(start) for start, _, _ in rows[1:]), 90]
+        assert rows[0][0] == "0" and all(row.count("|") == 7 for _, _, row in rows)
+    assert text.count("\n## Lecture ") == 4 and "(? s)" not in text
+
+
 def test_lessons_begin_with_their_question():
     """Then comes the command that answers it, and what to see. A page of docs shows each lesson."""
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
