@@ -3,6 +3,7 @@
     python docs/measure.py --list                  # what there is to run, and how long it takes
     python docs/measure.py --jobs 2                # all of it, two commands at a time
     python docs/measure.py --only dpo ppo          # these runs alone, then the pages
+    python docs/measure.py --pages                 # no run at all: the pages alone
 
 Each command runs as a reader would run it, in a process of its own, whose CPU time and peak memory
 are kept: 40 seeds for dpo.py, eight for the other default runs, and three for most others. With
@@ -10,11 +11,13 @@ are kept: 40 seeds for dpo.py, eight for the other default runs, and three for m
 its command or its code has changed, comments and docstrings aside. The benchmarks of time run alone
 and measure against peers: pip install trl==1.16.0 liger-kernel.
 
-Three kinds of things are written here and need no typing:
+Five kinds of things are written here and need no typing:
     blocks      between <!-- results: NAME --> and <!-- end -->: tables and terminal output
     sentences   SENTENCES below quotes them, with {} for each number
     figures     docs/figures/*.png, drawn from the log of a run, or by a lesson
-A block that lacks its runs stays as it is, a table goes without such rows, and both are named.
+    code        between <!-- code: FILE NAME --> and <!-- end -->: see `code_of`
+    seconds     of a command, as in `python sft.py` (15 s)
+A block, or a row of a table, whose runs are missing stays as it is, and the runs are named.
 """
 
 import argparse
@@ -29,6 +32,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -372,15 +376,15 @@ def block_table(name):
     lines = []
     for row in rows:
         run, column, label = (row, "after", command_of(row)) if isinstance(row, str) else row
+        lines.append([label])
         if is_whole(run):
-            lines.append([label, *(cell(run, column, key, digits) for key in keys)])
-    if not lines:
-        raise Missing(name)
+            lines[-1] += [cell(run, column, key, digits) for key in keys]
     return markdown(["", *(f"`{key}`" for key in keys)], lines)
 
 
 def is_whole(name):
-    """Whether all seeds of a run have ended. A table goes without rows whose runs have not."""
+    """Whether all seeds of a run have ended. If not, a table has a row of one cell for it, in whose
+    place `keep_rows` puts the old row."""
     missing = [seed for seed in RUNS[name][1] if not is_done(name, seed)]
     if missing:
         MISSING.add(name)
@@ -399,7 +403,10 @@ def block_first():
 
 def block_summary():
     rows, seen = [], set()
-    for name, key in [(name, key) for name, key in SUMMARY if is_whole(name)]:
+    for name, key in SUMMARY:
+        if not is_whole(name):
+            rows.append([command_of(name)])
+            continue
         done = [json.loads((folder_of(name, seed) / "done.json").read_text())
                 for seed in RUNS[name][1]]
         label, value = f"`{key}`", cell(name, "after", key) if key else ""
@@ -427,6 +434,8 @@ def block_steady():
             label = f"`{key}`" + ", one correction" * (column == "1")
             rows.append([command_of(name), label, str(len(values)), f"{least:.2f}",
                          f"{statistics.median(values):.3f}", f"{min(values):.3f}"])
+        else:
+            rows.append([command_of(name)])
     return markdown(["command", "number", "seeds", "has to reach", "median", "worst"], rows)
 
 
@@ -451,6 +460,8 @@ def block_grpo():
                          spread(name, "after", "samples/true_reward"),
                          spread(name, "after", "kl/policy_reference"), f"{min(grammar):.3f}",
                          f"{statistics.mean(run['cpu'] for run in done):.0f} s"])
+        else:
+            rows.append([command_of(name)])
     return markdown(["command", "seeds", "`J/share_of_the_way`", "worst", "`samples/true_reward`",
                      "`kl/policy_reference`", "grammar, worst", "CPU time"], rows)
 
@@ -467,6 +478,8 @@ def block_verified():
                          f"{min(followed):.2f}", spread(name, "after", "followed/held_out"),
                          spread(name, "after", "samples/reviews"),
                          f"{statistics.mean(equal):.2f}"])
+        else:
+            rows.append([command_of(name)])
     return markdown(["command", "seeds", "`followed/all`", "worst", "`followed/held_out`",
                      "`samples/reviews`", "`scores/equal`, first ten steps"], rows)
 
@@ -488,13 +501,26 @@ def block_wrong():
     rows = []
     for bad, good, column, keys, why in BAD:
         if not (is_whole(bad) and is_whole(good)):
+            rows.append([command_of(bad)])
             continue
         numbers = [f"`{key}` {number(bad, column, key):.2f}, not {number(good, column, key):.2f}"
                    for key in keys]
         rows.append([command_of(bad), "<br>".join(numbers), why])
-    if not rows:
-        raise Missing("wrong")
     return markdown(["command", "what it shows", "why"], rows)
+
+
+def block_lessons():
+    """The index of all lessons. It needs no run: its minutes are those planned in RUNS."""
+    rows = []
+    for path in sorted((ROOT / "lessons").glob("[a-z]*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        commands = re.findall(r"^    python (.*?)(?: +#.*)?$", text, re.M)
+        planned = {command: seconds for command, _, seconds in RUNS.values()}
+        minutes = [str(-(-planned[c] // 60)) if c in planned else "" for c in commands]
+        rows.append([f"[{path.stem}](../lessons/{path.name})", text.splitlines()[0],
+                     "<br>".join(f"`python {command}`" for command in commands),
+                     "<br>".join(minutes) * any(minutes)])
+    return markdown(["lesson", "question", "command", "CPU minutes"], rows)
 
 
 FIGURES = {  # of seed 0. name: the title, and for each panel the label of its y axis and its lines
@@ -575,16 +601,91 @@ def fill_sentence(text, words, numbers):
     return text
 
 
+def keep_rows(new, old):
+    """The new table, with the old rows of a command in the place of its row of one cell.
+
+    A row belongs to the command in its first cell; if that is empty, to the one above. If the
+    columns are other ones now, old rows do not fit any more.
+    """
+    head, *lines = new.splitlines()
+    old_head, *old_lines = old.strip().splitlines() or [""]
+    kept, owner = {}, ""
+    for line in old_lines[1:] if old_head == head else []:
+        owner = line.split("|")[1].strip() or owner
+        kept.setdefault(owner, []).append(line)
+    rows = [head]
+    for line in lines:
+        missing = re.fullmatch(r"\| ([^|]+) \|", line)
+        rows += kept.pop(missing[1], []) if missing else [line]
+    return "\n".join(rows)
+
+
+def code_of(path, name, step="", first="", last=""):
+    """Lines of a function or class of a file, or of a method (CLASS.METHOD), without its docstring.
+
+    step: only the step of this number, up to the comment of the next one. first, last: only from
+    the first line that contains `first` to the next one that contains `last`. On a page:
+    <!-- code: dpo.py train step 5 -->
+    <!-- code: dpo.py yardstick from "log_weights =" to "way =" -->
+    """
+    text = (ROOT / path).read_text(encoding="utf-8")
+    node = ast.parse(text)
+    for part in name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", "") == part)
+    start = min(part.lineno for part in (node, *node.decorator_list))
+    lines = text.splitlines()[start - 1:node.end_lineno]
+    if ast.get_docstring(node) is not None:
+        del lines[node.body[0].lineno - start:node.body[0].end_lineno - start + 1]
+    if step:
+        begin = next(i for i, line in enumerate(lines) if re.match(rf" *# {step}\. ", line))
+        later = [i for i, line in enumerate(lines) if i > begin and re.match(r" *# \d+\. ", line)]
+        lines = lines[begin:min(later, default=len(lines))]
+    if first:
+        begin = next(i for i, line in enumerate(lines) if first in line)
+        end = next(i for i, line in enumerate(lines) if i >= begin and last in line)
+        lines = lines[begin:end + 1]
+    return textwrap.dedent("\n".join(lines)).strip("\n")
+
+
+CODE = re.compile(r'(<!-- code: (\S+) (\S+)(?: step (\d+))?(?: from "(.+?)" to "(.+?)")? -->\n)'
+                  r".*?(<!-- end -->)", re.S)
+
+
+def seconds_of(command):
+    """CPU seconds of a command: measured, if README's summary has them, or as planned in RUNS."""
+    summary = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| `python {re.escape(command)}` \|.*\| (\d+) s \|", summary, re.M)
+    planned = {command: str(seconds) for command, _, seconds in RUNS.values()}
+    return found[1] if found else planned.get(command)
+
+
+def code_block(marks):
+    """A match of CODE, with the code of today between its marks."""
+    try:
+        return f"{marks[1]}```python\n{code_of(*marks.groups('')[1:-1])}\n```\n{marks[7]}"
+    except StopIteration:
+        raise SystemExit(f"{marks[1].strip()}: there is no such code") from None
+
+
+def write_sources(text):
+    """Fill in what needs no run: code, and the seconds of commands that are in RUNS."""
+    text = CODE.sub(code_block, text)
+    return re.sub(r"(`python ([^`\n]+)` \()(\d+|\?)( s\))", lambda marks: (
+        f"{marks[1]}{seconds_of(marks[2]) or marks[3]}{marks[4]}"), text)
+
+
 def write_page(path):
     """Fill in whatever there are runs for."""
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- results: (\w+) -->", text):
         try:
             content = block(name)
+            marks = re.search(rf"<!-- results: {name} -->\n(.*?)<!-- end -->", text, re.S)
+            if content.startswith("|"):
+                content = keep_rows(content, marks[1])
             if content.count("\n") == 1 and content.startswith("|"):
                 continue  # a table without rows
-            text = re.sub(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)",
-                          lambda marks: f"{marks[1]}{content}\n{marks[2]}", text, flags=re.S)
+            text = f"{text[:marks.start(1)]}{content}\n{text[marks.end(1):]}"
         except Missing:
             continue
     for words, sources in SENTENCES:
@@ -595,7 +696,7 @@ def write_page(path):
                 text = fill_sentence(text, words, numbers)
             except Missing:
                 continue
-    path.write_text(text, encoding="utf-8")
+    path.write_text(write_sources(text), encoding="utf-8")
 
 
 def main():
@@ -604,6 +705,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="RUN", choices=RUNS,
                         help="run these alone (None: all)")
+    parser.add_argument("--pages", action="store_true", help="run nothing; write the pages from "
+                        "the code and from finished runs")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time; above 1, each has "
                         "one thread")
     parser.add_argument("--list", action="store_true", help="show what there is to run, and stop")
@@ -611,7 +714,7 @@ def main():
     args = parser.parse_args()
     OUT = Path(args.out).resolve()
     todo = [(name, seed) for name in args.only or RUNS for seed in RUNS[name][1]
-            if not is_done(name, seed)]
+            if not args.pages and not is_done(name, seed)]
     for name, _ in list(todo):
         lacking = [p for p in TIMED.get(name, ()) if importlib.util.find_spec(p) is None]
         if lacking:
@@ -642,7 +745,7 @@ def main():
         if is_done(name, seeds[0]) and figure.exists():
             shutil.copy(figure, PICTURES)
     print("README.md and docs/ are written." + bool(MISSING) *
-          f" Left out, for want of runs: {', '.join(sorted(MISSING))}")
+          f" Left as it was, for want of these runs: {', '.join(sorted(MISSING))}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import tokenize
 import pytest
 from conftest import ROOT
 
+from docs import measure
+
 SCRIPTS = "sft reward_model ppo_rlhf dpo simpo hir self_correct".split()
 VARIANTS = [f"variants.{path.stem}" for path in sorted(ROOT.glob("variants/[a-z]*.py"))]
 LESSONS = [f"lessons.{path.stem}" for path in sorted(ROOT.glob("lessons/[a-z]*.py"))]
@@ -160,15 +162,47 @@ def test_commands_run(tmp_path):
     assert [line for line in failed if "no answer is better" not in line[1]] == []  # tiny has none
 
 
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)", text, re.M)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    """To files that exist; errata.md names each function of test_errata.py."""
+    """To files and headings that exist; errata.md names each function of test_errata.py."""
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        assert target.startswith("http") or (page.parent / target.partition("#")[0]).exists()
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.exists() and (not anchor or anchor in anchors(path)), target
     if page.name == "errata.md":
         found = {*re.findall(r"`(test_\w+)`", text), "CERTAIN"}
         assert found == {*definitions("tests.test_errata")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_on_pages_is_that_of_the_source(page):
+    """In at most 15 lines, for a slide. `python docs/measure.py --pages` writes it anew, with the
+    seconds of commands and the index of lessons."""
+    text = page.read_text(encoding="utf-8")
+    assert measure.write_sources(text) == text
+    for code in re.findall(r"<!-- code: [^\n]*\n```python\n(.*?)\n```", text, re.S):
+        assert len(code.splitlines()) <= 15, code
+    if "<!-- results: lessons -->" in text:
+        assert f"<!-- results: lessons -->\n{measure.block_lessons()}\n<!-- end -->" in text
+
+
+def test_lectures_take_90_minutes():
+    """Each of the four, row after row. All rows have seven cells, and all times are known."""
+    text = (ROOT / "docs" / "lectures.md").read_text(encoding="utf-8")
+    for lecture in re.split(r"^## Lecture ", text, flags=re.M)[1:]:
+        rows = re.findall(r"^\| (\d+)–(\d+) (\|.*)", lecture.partition("\n### ")[0], re.M)
+        assert [int(end) for _, end, _ in rows] == [*(int(start) for start, _, _ in rows[1:]), 90]
+        assert rows[0][0] == "0" and all(row.count("|") == 7 for _, _, row in rows)
+    assert text.count("\n## Lecture ") == 4 and "(? s)" not in text
 
 
 def test_lessons_begin_with_their_question():
