@@ -30,8 +30,8 @@ OWN = {"train", "evaluate", "pair_loss", "parse_args", "make_parser", "toy_revie
 # to equal its answer, and runs that cannot learn (hir 130, self_correct 190, ppo_rlhf 90). model.py
 # holds the flags that all scripts share (which took 150 from each of them), and the checks for
 # users' own data and models: what a template, a tokenizer or a folder would otherwise do wrong in
-# silence, and what --resume compares. sft.py tells grammatical samples (75), since the true reward of
-# word salad can be as high as that of reviews.
+# silence, and what --resume compares. sft.py tells grammatical samples (75), since the true reward
+# of word salad can be as high as that of reviews.
 BUDGET = {"sft": 3090, "reward_model": 3320, "dpo": 4670, "simpo": 4230, "ppo_rlhf": 5440,
           "hir": 4000, "self_correct": 4120, "model": 5640} | dict.fromkeys(VARIANTS, 1600)
 BUDGET["variants.grpo"] = 1630  # --match, so that verified rewards have the rule of hir.py
