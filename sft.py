@@ -244,6 +244,17 @@ def toy_reward(review):
     return float(sum((word in PRAISE) - (word in BLAME) for word in words))
 
 
+def toy_grammatical(review):
+    """Whether a review is one or two sentences like " The plot was dull and long.".
+
+    "dull and dull" does not count: no review that tiny/ learned from repeats a word like this.
+    """
+    word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
+    sentence = rf" (The ({aspect}) was|I found the ({aspect})) ({word})( and ({word}))?\."
+    repeated = re.search(r"\b(\w+) and \1\b", review)
+    return bool(re.fullmatch(f"({sentence}){{1,2}}", review)) and not repeated
+
+
 def toy_rows(count, seed):
     """Demonstrations: reviews in which six of ten adjectives are positive, and one is negative."""
     rng = random.Random(seed)
@@ -301,6 +312,8 @@ def evaluate(name, model, tokenizer, rows, args):
                for row, response in zip(shown, responses)]
     if not args.data:
         metrics["samples/true_reward"] = fmean(toy_reward(row[name]) for row in samples)
+        if model.small:
+            metrics["samples/grammatical"] = fmean(toy_grammatical(row[name]) for row in samples)
     return {name: metrics}, samples
 
 

@@ -6,10 +6,10 @@
     python docs/measure.py --pages                 # no run at all: the pages alone
 
 Each command runs as a reader would run it, in a process of its own, whose CPU time and peak memory
-are kept: 40 seeds for dpo.py, eight for the other default runs, and three for most others. With
---jobs above 1 every process has one thread. A finished run stays in --out. It is made again only if
-its command or its code has changed, comments and docstrings aside. The benchmarks of time run alone
-and measure against peers: pip install trl==1.16.0 liger-kernel.
+are kept: 40 seeds for dpo.py, eight for the other default runs (five for sft.py), and three for
+most others. With --jobs above 1 every process has one thread. A finished run stays in --out. It is
+made again only if its command or its code has changed, comments and docstrings aside. The
+benchmarks of time run alone and measure against peers: pip install trl==1.16.0 liger-kernel.
 
 Five kinds of things are written here and need no typing:
     blocks      between <!-- results: NAME --> and <!-- end -->: tables and terminal output
@@ -47,6 +47,8 @@ ALL = ("all",)  # a lesson or benchmark that knows its own seeds
 RUNS = {
     "sft": ("sft.py", FIVE, 35),
     "sft_bad": ("sft.py --lr 0.1", ONE, 35),
+    "filtering": ("-m lessons.filtering", ALL, 180),
+    "self_instruct": ("-m lessons.self_instruct", ALL, 300),
     "reward_model": ("reward_model.py", EIGHT, 90),
     "best_of_k": ("reward_model.py --loss best_of_k", THREE, 90),
     "reward_model_bad": ("reward_model.py --rankings 128 --epochs 30", ONE, 100),
@@ -313,7 +315,7 @@ OF_J = ("samples/true_reward", "samples/win_rate", "kl/policy_reference", "J/pol
 OF_SUMMARIES = ("samples/quality", "samples/recall", "samples/made_up", "samples/tokens",
                 "samples/grammatical", "kl/policy_reference")
 TABLES = {
-    "sft": (("loss", "samples/true_reward"), 3,
+    "sft": (("loss", "samples/true_reward", "samples/grammatical"), 3,
             [("sft", "people", "the demonstrations"), "sft"]),
     "reward_model": (("pairs/accuracy", "pairs/ceiling", "calibration/error"), 3,
                      ["reward_model", "best_of_k"]),
@@ -350,8 +352,8 @@ HOLDS = [  # a default run, a column of its table, a number in it, and what it h
     ("dpo", "after", "samples/grammatical", 0.85), ("simpo", "after", "samples/quality", 0.7),
     ("hir", "after", "followed/all", 0.85), ("self_correct", "1", "perfect", 0.88)]
 BAD = [  # a run, the default run, the column to compare, numbers, and why it is so
-    ("sft_bad", "sft", "after", ("loss", "samples/true_reward"),
-     "The learning rate is a hundred times too high."),
+    ("sft_bad", "sft", "after", ("loss", "samples/true_reward", "samples/grammatical"),
+     "The learning rate is a hundred times too high. The run diverges into word salad."),
     ("reward_model_bad", "reward_model", "after", ("pairs/accuracy", "calibration/error"),
      "It sees 128 rankings thirty times. It knows them by heart, and is too sure where it errs."),
     ("dpo_bad", "dpo", "after", ("samples/true_reward", "samples/grammatical", "samples/tokens",

@@ -276,8 +276,11 @@ def test_loss_on_held_out_demonstrations(writes, float64):
     assert columns["now"]["loss"] == pytest.approx(-sum(logps) / sum(range(1, 13)))
     lists = {prompt: written(POLICY, prompt, A.seed, 12) for prompt in PROMPTS}
     texts = [REVIEWS[lists[row["prompt"]][i // 3]] for i, row in enumerate(rows)]
-    assert columns["now"]["samples/true_reward"] == pytest.approx(fmean(TRUE[x] for x in texts))
+    agree(columns["now"], table_of(texts))
     assert samples == [{"prompt": row["prompt"], "now": x} for row, x in zip(rows, texts)]
+    large = SimpleNamespace(**vars(POLICY) | {"small": False})  # its reviews are not the toy's
+    assert list(sft.evaluate("now", large, tokenizer, rows, args)[0]["now"]) == [
+        "loss", "samples/true_reward"]
     columns, samples = sft.evaluate("now", POLICY, tokenizer, rows, SimpleNamespace(
         **vars(args) | {"data": "mine"}))
     assert list(columns["now"]) == ["loss"] and len(samples) == 8

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import model as hub
 import ppo_rlhf
 import reward_model
 import self_correct
-from lessons import (alignment_tax, clip, divisors, frontier, implicit_rewards, judge_habits,
-                     lazy_annotators, length_bias, overoptimisation, real_reviews, reward_hacking,
-                     rounds, swapped_generators, vanishing)
+import sft
+from lessons import (alignment_tax, clip, divisors, filtering, frontier, implicit_rewards,
+                     judge_habits, lazy_annotators, length_bias, overoptimisation, real_reviews,
+                     reward_hacking, rounds, self_instruct, swapped_generators, vanishing)
 from variants import raft
 from variants.win_rate import rate_without
 
@@ -351,3 +353,66 @@ def test_means_over_seeds_of_length_bias():
     assert table["before"]["samples/tokens"] == pytest.approx((2, math.sqrt(2)))
     assert table["simpo"]["kl/policy_reference"] == pytest.approx((4, math.sqrt(8)))
     assert length_bias.means(seeds[:1])["simpo"]["samples/quality"] == (2, 0)
+
+
+# ------------------------------------------------------- data first: filtering.py, self_instruct.py
+
+
+def test_demonstrations_of_mixed_quality():
+    """A third by each of three people, so on average neither kind nor unkind. A fifth is scrambled,
+    which leaves the true reward as it is."""
+    rows = filtering.demonstrations(["A"], 4000, 0)
+    reward, grammatical = filtering.quality([row["completion"] for row in rows])
+    assert reward == pytest.approx(0, abs=0.1) and grammatical == pytest.approx(0.8, abs=0.03)
+    review = " The plot was superb and funny. I found the cast dull."
+    other = filtering.scrambled(review, random.Random(0))
+    assert sorted(other.split()) == sorted(review.split()) and other[0] == " "
+    assert sft.toy_reward(other) == sft.toy_reward(review) == 1 and not sft.toy_grammatical(other)
+
+
+def test_the_best_tenth_has_the_highest_scores():
+    scores = torch.tensor([0.5, 3, -1, 2, 2] + [0.0] * 25)
+    assert filtering.best_tenth(list(range(30)), scores) == [1, 3, 4]
+
+
+def test_the_judge_scores_each_row(tmp_path, monkeypatch):
+    """In the order of the rows, of which there may be more than one part holds."""
+    model, tokenizer = hub.load_model("tiny", "reward")
+    monkeypatch.setattr(filtering, "load_model", lambda *_: (model, tokenizer))
+    rows = filtering.demonstrations(sft.toy_prompts()[:3], 257, 0)
+    scores = filtering.judge(tmp_path, rows)
+    last = tokenizer.encode_example(rows[-1]["prompt"], rows[-1]["completion"], 512)
+    assert len(scores) == 257
+    assert torch.allclose(reward_model.reward_scores(model, [last])[0], scores[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("a, b, expected", [
+    ("the police killed the gunman", "the police kill the gunman", 4 / 5),
+    ("a b c d", "d c b a", 1 / 4),  # the order counts
+    ("a b", "a x x x b x", 2 * 2 / (2 + 6)),  # precision 1, recall 1/3; gaps are allowed
+    ("a a", "a", 2 / 3), ("A, b!", "a b", 1), ("a", "", 0), ("", "", 0)])
+def test_rouge_l(a, b, expected):
+    """F1 of the longest common subsequence of words: 2 LCS / (words of a + words of b)."""
+    assert self_instruct.rouge_l(a, b) == self_instruct.rouge_l(b, a) == pytest.approx(expected)
+
+
+def test_what_enters_the_pool():
+    """Another topic makes another instruction, with a ROUGE-L of 7/8; a repeated word does not."""
+    text, other = "Write a long, fair review of the plot:", "Write a long, fair review of the cast:"
+    held_out = self_instruct.hir.in_words(self_instruct.HELD_OUT[0])
+    assert {text, other} <= {*self_instruct.IN_WORDS} and len(self_instruct.IN_WORDS) == 48
+    assert self_instruct.rouge_l(text, other) == 7 / 8
+    for new, reason in {text: "near-duplicates", text.replace("plot", "plot plot"):
+                        "near-duplicates", "Write a long review of the cast:": "invalid", "":
+                        "invalid", held_out: "held out", other: None}.items():
+        assert self_instruct.why_left_out(new, [text]) == reason, new
+
+
+def test_people_give_instructions_and_obey_them():
+    """Each length, mood and topic appears; nothing is held out; the reviews do what is asked."""
+    rng = random.Random(0)
+    for text in self_instruct.seed_instructions(12, rng):
+        wanted = self_instruct.IN_WORDS[text]
+        assert wanted not in self_instruct.HELD_OUT
+        for prompt, review in self_instruct.by_people(text, 2, rng):
+            assert prompt == text and self_instruct.hir.toy_done(review) == wanted

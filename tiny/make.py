@@ -1,6 +1,6 @@
 """Make the model in tiny/: a new GPT-2 of half a million parameters, and its tokenizer.
 
-    python -m tiny.make                 # writes runs/tiny, in about 20 minutes on one CPU core
+    python -m tiny.make                 # writes runs/tiny, in about 8 minutes of CPU time
 
 Why has it a gather of log-probs of its own? The model in tiny/ is frozen, and has to come out again
 from this file. The code of the scripts may change, for instance to be faster, and then sums are
