@@ -108,6 +108,8 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
     try:
         # Without eval() dropout would give two passes of one model different log-probs.
         model = model.eval().to(device)
+        if str(device).startswith("cuda"):  # TF32: tensor cores multiply what stays in fp32
+            torch.set_float32_matmul_precision("high")
     except (AssertionError, RuntimeError) as error:
         fail(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})")
     tokenizer.size = model.get_input_embeddings().num_embeddings
@@ -230,6 +232,8 @@ def add_lora(model, rank):
         if isinstance(layer, (nn.Linear, Conv1D)):
             layer.lora = LoRA(weight_of(layer), rank)
             layer.hook = layer.register_forward_hook(layer.lora)  # called after the layer
+            if model.device.type == "cuda":  # as autocast would cast it, again for each token
+                layer.weight.data = layer.weight.data.bfloat16()
             adapted += layer.weight.numel()
     print(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
     if hasattr(model, "score"):
@@ -241,6 +245,7 @@ def merge_lora(model):
     """Add the adapters to the weights of their layers, and remove them."""
     for layer in list(model.modules()):
         if hasattr(layer, "lora"):
+            layer.weight.data = layer.weight.data.float()
             weight_of(layer).add_(layer.lora.scale * layer.lora.B @ layer.lora.A)  # (d_out, d_in)
             layer.hook.remove()
             del layer.lora, layer.hook

@@ -243,13 +243,18 @@ def split_batch(groups, max_tokens):
 
 
 @torch.no_grad()
-def per_token(function, model, sequences, max_tokens):
-    """function(model, sequences, R) without gradient, part by part: (B, R)."""
+def per_token(function, model, sequences, max_tokens, minibatches=None):
+    """function(model, sequences, R) without gradient, part by part: (B, R).
+
+    minibatches: lists of rows, which together are all B of them; None: one list.
+    """
     R = max(len(response) for _, response in sequences)
     numbers = torch.zeros(len(sequences), R)
-    parts = share(split_batch([[sequence] for sequence in sequences], max_tokens))
-    for part in tqdm(parts, "scoring", leave=False, disable=None):
-        numbers[part] = function(model, [sequences[b] for b in part], R).cpu()
+    for rows in minibatches or [range(len(sequences))]:
+        parts = share(split_batch([[sequences[b]] for b in rows], max_tokens))
+        for part in tqdm(parts, "scoring", leave=False, disable=None):
+            part = [rows[i] for i in part]
+            numbers[part] = function(model, [sequences[b] for b in part], R).cpu()
     return sum(all_gather(numbers)).to(model.device)  # a process leaves 0 where it had no part
 
 
@@ -528,17 +533,14 @@ class Batch(NamedTuple):
     returns: torch.Tensor
 
 
-def learn(networks, optimizer, batch, ptx, rng, args):
-    """A step's updates: passes over the batch, in two minibatches each. Returns metrics.
+def learn(networks, optimizer, batch, minibatches, ptx, rng, args):
+    """A step's updates, one for each minibatch, a list of rows of the batch. Returns metrics.
 
     A part's loss is divided by the tokens of the whole minibatch, so losses and gradients of the
     parts add up to those of the minibatch.
     """
     policy, value = networks
-    B, R = batch.mask.shape
-    orders = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
-    size = math.ceil(B / 2)
-    minibatches = [order[i:i + size] for order in orders for i in range(0, B, size)]
+    R = batch.mask.shape[1]
     seen, norms = torch.zeros(4, device=policy.device), []
     for minibatch in minibatches:
         tokens = batch.mask[minibatch].sum()
@@ -630,11 +632,17 @@ def train(args, reward=None):
             stop(f"step {step + 1}: for 5 steps all scores have been equal, so there is nothing to "
                  f"learn: {cause}")
 
-        # 5. Before any update: log-probs of all tokens, and values of the states before them.
+        # 5. Before any update: log-probs of all tokens, and values of the states before them. They
+        # are computed in the two minibatches of the first pass. So the first update computes them
+        # in the same way, and its ratios are exactly 1, also where bf16 rounds by shape.
+        B, half = len(sequences), math.ceil(len(sequences) / 2)
+        orders = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
+        minibatches = [order[i:i + half] for order in orders for i in range(0, B, half)]
+        first, max_tokens = minibatches[:2], args.max_tokens
         mask = mask_of(sequences, policy.device)  # (B, R)
-        logps = per_token(token_logps, policy, sequences, args.max_tokens)  # (B, R)
-        reference_logps = per_token(token_logps, reference, sequences, args.max_tokens)  # (B, R)
-        values = per_token(token_values, value, sequences, args.max_tokens)  # (B, R)
+        logps = per_token(token_logps, policy, sequences, max_tokens, first)  # (B, R)
+        reference_logps = per_token(token_logps, reference, sequences, max_tokens, first)  # (B, R)
+        values = per_token(token_values, value, sequences, max_tokens, first)  # (B, R)
 
         # 6. Rewards, advantages and returns. They are constants in the updates that follow.
         rewards = token_rewards(scores.flatten().to(policy.device), logps, reference_logps, mask,
@@ -645,7 +653,7 @@ def train(args, reward=None):
         # 7. The updates.
         optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args.steps)
         batch = Batch(sequences, mask, logps, values, advantages, returns)
-        row |= learn(networks, optimizer, batch, ptx, rng, args)
+        row |= learn(networks, optimizer, batch, minibatches, ptx, rng, args)
 
         # 8. What to watch. std_per_prompt: the spread of scores among a prompt's n samples.
         k1, k3 = map(float, kl_estimates(logps, reference_logps, mask))

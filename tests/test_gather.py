@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import model as hub
 from dpo import collate, gather_logps, hidden_states, response_logps, sample, split_batch
 
 SMALL = {"vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 2, "initializer_range": 0.8}
@@ -99,6 +100,32 @@ def test_bf16_arithmetic_gives_fp32_log_probs(tiny, monkeypatch):
     expected = naive(hidden.double(), model.get_output_embeddings().weight.double(), targets).sum()
     assert sums.dtype == hidden.dtype == torch.float32
     assert sums.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("bits, most", [(10, 0.001), (7, 0.005)], ids=["tf32", "bf16"])
+def test_rounding_of_the_head_moves_log_probs_little(bits, most, tiny):
+    """On CUDA the head's product has inputs of 10 bits (TF32). They are rounded here by hand."""
+    model, tokenizer = tiny
+    ids, where, targets, _ = collate([(tokenizer.encode_prompt("I saw the film."), tokenizer.encode(
+        " The plot was dull. I found the cast superb and funny."))], "cpu")
+    weight = model.get_output_embeddings().weight.detach()
+    factors = hidden_states(model, ids, where).detach(), weight
+    rounded = []
+    for x in factors:
+        mantissa, exponent = torch.frexp(x)
+        rounded.append(torch.ldexp(torch.round(mantissa * 2.0**(bits + 1)), exponent - bits - 1))
+    apart = (gather_logps(*rounded, targets) - gather_logps(*factors, targets)).abs().max()
+    assert 0 < apart < most
+
+
+def test_tf32_is_used_on_cuda_alone(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", used.append)
+    hub.load_model()
+    assert used == []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+    hub.load_model(device="cuda:0")
+    assert used == ["high"]
 
 
 @pytest.mark.parametrize("script, first", [("dpo", "class GatherLogps"), ("hir", "def collate")])

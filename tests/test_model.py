@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,6 +287,36 @@ def test_lora(kind, head, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for merged in (model, plain.eval(), m.load_model(folder, head)[0]):
         assert torch.allclose(logits(merged), adapted, atol=1e-4 * float(adapted.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_frozen_weights_are_bf16_on_cuda(kind, tmp_path, monkeypatch):
+    """There autocast makes bf16 of them, and keeps no copy, since they want no gradient: it would
+    do so again for every token. The log-probs are the same to the last bit, and fp32 is saved."""
+    folder = new_folder(tmp_path / "new", kind)
+    fp32, bf16 = (m.load_model(folder)[0] for _ in range(2))
+    m.add_lora(fp32, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bf16), "device", SimpleNamespace(type="cuda"))
+        torch.manual_seed(1)
+        m.add_lora(bf16, 2)
+    for a, b in zip(fp32.modules(), bf16.modules(), strict=True):
+        if isinstance(a, m.LoRA):
+            a.B.data.normal_()
+            b.load_state_dict(a.state_dict())
+    found, casts = [], []
+    for model in (fp32, bf16):
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+            found.append(logits(model))
+        casts += [event.count for event in profile.key_averages() if event.key == "aten::_to_copy"]
+    layers = [layer for layer in bf16.modules() if hasattr(layer, "lora")]
+    assert torch.equal(*found) and casts[0] - casts[1] == 2 * len(layers)  # of 2 sequences
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+    rounded, layer = layers[0].weight.float(), layers[0]
+    delta = layer.lora.scale * layer.lora.B @ layer.lora.A  # (d_out, d_in)
+    m.merge_lora(bf16)
+    assert {weight.dtype for weight in bf16.state_dict().values()} == {torch.float32}
+    assert torch.allclose(m.weight_of(layer), (rounded.T if kind == "gpt2" else rounded) + delta)
 
 
 @pytest.mark.parametrize("kind", ["config", "tokenizer", "known"])

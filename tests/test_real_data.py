@@ -13,6 +13,7 @@ import model as helper
 import ppo_rlhf
 import self_correct
 from model import read_jsonl, split_by_prompt
+from variants import grpo, kto
 
 FLAGS = "--device cpu --max_new_tokens 8 --samples 2"
 
@@ -47,6 +48,43 @@ def test_step_1_is_exactly_log_2_in_bf16(tmp_path, monkeypatch):
     for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracy"):
         assert first[key] == 0 and any(row[key] for row in later)
     assert first["loss"] == float(-torch.nn.functional.logsigmoid(torch.zeros(())))
+
+
+@pytest.mark.parametrize("script", [ppo_rlhf, grpo], ids=["ppo_rlhf", "grpo"])
+def test_ratios_of_the_first_update_are_exactly_1_in_bf16(script, tmp_path, monkeypatch):
+    """Samples are scored in the parts of the minibatches of the first pass."""
+    scored, learned, off = [], [], []
+    token_logps, name = ppo_rlhf.token_logps, "policy_loss" if script is ppo_rlhf else "grpo_loss"
+    loss = getattr(script, name)
+
+    def watched(model, sequences, R):
+        (learned if torch.is_grad_enabled() else scored).append(sequences)
+        return token_logps(model, sequences, R)
+
+    monkeypatch.setattr(script, "token_logps", watched)
+    monkeypatch.setattr(script, name, lambda logps, old, *args, **flags: (
+        off.append(float((logps - old).abs().max())), loss(logps, old, *args, **flags))[1])
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled, real=torch.autocast:
+                        real(device, dtype, enabled=True))
+    monkeypatch.setattr(script, "evaluate", lambda *_: ({"before": {}, "after": {}}, []))
+    script.main(f"--out {tmp_path} --steps 1 --batch_size 32 --max_tokens 120 --max_new_tokens 16 "
+                "--ppo_epochs 2 --device cpu".split())
+    parts = len(scored) // 2  # of the policy, then of the reference
+    assert parts > 4 and scored[:parts] == scored[parts:] == learned[:parts] != learned[parts:]
+    sizes = torch.tensor([len(part) for part in learned]).cumsum(0)
+    first = int((sizes <= 16).sum())  # parts of the first minibatch
+    assert sizes[first - 1] == 16 and not any(off[:first]) and all(off[first:])
+
+
+def test_kto_starts_at_0_in_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled, real=torch.autocast:
+                        real(device, dtype, enabled=True))
+    monkeypatch.setattr(kto, "evaluate", lambda *_: ({"before": {}, "after": {}}, []))
+    kto.main(f"{pairs(tmp_path)} --epochs 1 --batch_size 8 --max_tokens 400".split())
+    first, *later = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    for key in ("rewards/chosen", "rewards/rejected"):
+        assert first[key] == 0 and any(row[key] for row in later)
+    assert first["kl/mismatched"] == 0
 
 
 def test_held_out_rows_are_counted(capsys):

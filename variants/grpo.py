@@ -135,10 +135,15 @@ def train(args, reward=None):
         if step % args.save_every == 0:
             run.save_state(step, policy, optimizer)
 
-        # 3. Before any update: log-probs of all tokens under policy and reference.
+        # 3. Before any update: log-probs of all tokens under policy and reference, computed in the
+        # two minibatches of the first pass (see step 5 of ppo_rlhf.py).
+        B = len(sequences)
+        orders = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
+        minibatches = [order[i::2] for order in orders for i in (0, 1)]
         mask = mask_of(sequences, policy.device)  # (B, R)
-        logps = per_token(token_logps, policy, sequences, args.max_tokens)  # (B, R)
-        reference_logps = per_token(token_logps, reference, sequences, args.max_tokens)  # (B, R)
+        logps, reference_logps = (  # (B, R) each
+            per_token(token_logps, model, sequences, args.max_tokens, minibatches[:2])
+            for model in (policy, reference))
 
         # 4. One advantage for each response. It is a constant in the updates that follow.
         price = args.beta * (args.kl == "reward")
@@ -154,9 +159,8 @@ def train(args, reward=None):
 
         # 6. A few passes over the rollout, in two minibatches each.
         optimizer.param_groups[0]["lr"] = row["lr"] = args.lr * schedule(step, args.steps)
-        losses, norms, B = [], [], len(sequences)
-        passes = [rng.sample(range(B), B) for _ in range(args.ppo_epochs)]
-        for minibatch in [order[i::2] for order in passes for i in (0, 1)]:
+        losses, norms = [], []
+        for minibatch in minibatches:
             for part in share(split_batch([[sequences[b]] for b in minibatch], args.max_tokens)):
                 part = [minibatch[i] for i in part]  # b of the B rows
                 own = token_logps(policy, [sequences[b] for b in part], mask.shape[1])  # (b, R)

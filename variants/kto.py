@@ -116,15 +116,20 @@ def train(args):
     desirable = torch.tensor([example["desirable"] for example in examples])
     tokenizer.show(*groups[0][0])
 
-    # 3. The reference's log-probs, computed while the policy still is the reference.
-    reference_logps = group_logps(model, groups, args.max_tokens)  # (examples, 2)
-
-    # 4. Batches: each epoch visits all examples in a new order.
+    # 3. Batches: each epoch visits all examples in a new order.
     steps = args.steps or args.epochs * math.ceil(len(groups) / args.batch_size)
     batches = []
     while len(batches) < steps:
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(groups)), len(groups))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+
+    # 4. The reference's log-probs, computed while the policy still is the reference, in the batches
+    # of the first epoch, and apart from the mismatched ones, as in steps 5 and 6.
+    reference_logps = torch.zeros(len(groups), 2)
+    for batch in batches[:min(steps, math.ceil(len(groups) / args.batch_size))]:
+        for k in (0, 1):
+            own = [[groups[i][k]] for i in batch]
+            reference_logps[batch, k] = group_logps(model, own, args.max_tokens)[:, 0]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   eps=args.adam_eps, fused=True)
     start = run.load_state(model, optimizer)["step"]
