@@ -2,15 +2,15 @@
 
     python benchmarks/dpo_step.py                       # 15 minutes on two cores, 12 GB of memory
     python benchmarks/dpo_step.py --data pairs.jsonl --model gpt2 --cases "trl as shipped"
-    python benchmarks/dpo_step.py --device cuda --pairs 16
+    python benchmarks/dpo_step.py --device cuda --pairs 16 --json runs/gpu.json
     pip install trl==1.16.0 liger-kernel                # the peers; what lacks is left out
 
-The model has GPT-2 small's shape, random weights and no dropout; beta 0.1; gradients clipped to
-norm 1; AdamW. fp32 on a CPU; bf16 autocast over fp32 weights on a GPU. Without --data the pairs
-have the shape of TL;DR: 4 pairs, prompts of 256 tokens and responses of 32 to 64 with their EOS.
-With --data they are the first 32 of a file of {"prompt", "chosen", "rejected"}, as the tokenizer
-of --model reads them (a folder with config and tokenizer; weights in it are not used), of at most
-512 tokens; peers take them 8 at a time and accumulate the gradient.
+The model has GPT-2 small's shape, or that of the config in the folder --model, whose weights are
+not used. It has random weights and no dropout; beta 0.1; gradients clipped to norm 1; AdamW. fp32
+on a CPU; bf16 autocast over fp32 weights on a GPU. Without --data the pairs have the shape of
+TL;DR: 4 pairs, prompts of 256 tokens and responses of 32 to 64 with their EOS. With --data they are
+the first 32 of a file of {"prompt", "chosen", "rejected"}, as the tokenizer in --model reads them,
+of at most 512 tokens; peers take them 8 at a time and accumulate the gradient.
 
 All cases have the same weights, token ids and reference, a model with other random weights (were
 policy and reference equal, the first loss would be log 2 whatever one computes). Before any timing,
@@ -33,6 +33,8 @@ first.
 - liger +ref: `LigerFusedLinearDPOLoss` on the parts of `split_batch`. It wants hidden states of the
   reference, so the reference runs in each update. Compiled on a GPU only.
 
+If none of the peers is installed, ours runs alone.
+
 Each case is a process that takes a step when told to; TRL's are real `train()` runs, which a
 callback halts before each update. One peer at a time, its steps and ours are timed in turn; a ratio
 is the median of the ratios within a round, so that a machine which others use disturbs both sides
@@ -42,7 +44,6 @@ its allocator.
 """
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import math
@@ -56,9 +57,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measuring import Memory, add_table  # noqa: E402
 from dpo import collate, dpo_loss, group_logps, response_logps, split_batch  # noqa: E402
 from model import Tokenizer, fail, read_jsonl  # noqa: E402
 
@@ -69,14 +71,21 @@ CASES = {"trl as shipped": "ours +ref", "trl": "ours", "trl compact": "ours",
          "liger +ref": "ours +ref"}  # which of ours each is compared with
 
 
-def make_model(args, seed):
-    """GPT-2 small, or what the config of --model says, with random weights and no dropout."""
-    torch.manual_seed(seed)
-    config = GPT2Config.from_pretrained(args.model) if args.model else GPT2Config()
+def make_config(folder):
+    """GPT-2 small, or what the config of a folder says, without dropout."""
+    config = AutoConfig.from_pretrained(folder) if folder else GPT2Config()
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    if args.worker.startswith("ours"):
+    return config
+
+
+def make_model(args, seed):
+    """A model with random weights."""
+    torch.manual_seed(seed)
+    config = make_config(args.model)
+    if args.worker.startswith("ours") and config.model_type == "gpt2":
         config.activation_function = "gelu_pytorch_tanh"  # as in model.py
-    return GPT2LMHeadModel(config).eval().to(args.device)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().to(args.device)
 
 
 def make_pairs(args):
@@ -99,42 +108,37 @@ class Meter:
     """Waits for the parent's word, then measures a step and tells the parent about it."""
 
     def __init__(self, device):
-        self.steps, self.cuda = 0, device == "cuda"
+        self.steps, self.device = 0, device
 
     def begin(self):
         if not sys.stdin.readline():  # the parent is gone
             os._exit(0)
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated() / 1024
-        self.linux = Path("/proc/self/clear_refs").exists() and not self.cuda
-        if self.linux and self.steps < CHECKED:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed shall not count as standing
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most resident, starts again
-            self.before = self.kilobytes("VmRSS")
+        if self.steps < CHECKED:  # later steps are timed, and shall not be disturbed
+            self.memory = Memory(self.device)
         self.start = time.perf_counter()
 
     def end(self, loss):
-        if self.cuda:
+        if self.device == "cuda":
             torch.cuda.synchronize()
-        row = {"seconds": time.perf_counter() - self.start, "loss": float(loss),
-               "peak": math.nan, "whole": math.nan}
-        if self.cuda:
-            row["whole"] = torch.cuda.max_memory_allocated() / 2**20
-        elif self.linux and self.steps < CHECKED:
-            row["whole"] = self.kilobytes("VmHWM") / 1024
-        if row["whole"] == row["whole"]:
-            row["peak"] = row["whole"] - self.before / 1024
+        row = {"seconds": time.perf_counter() - self.start, "loss": float(loss)}
+        if self.steps < CHECKED:
+            row["peak"], row["whole"] = self.memory.peak()
         self.steps += 1
         print("STEP " + json.dumps(row), flush=True)
 
-    def kilobytes(self, key):
-        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+
+def our_loss(model, pairs, reference_logps, part):
+    """The summed loss of a part of the pairs, as in dpo.py."""
+    logps, _ = response_logps(model, [sequence for g in part for sequence in pairs[g]])
+    reference = reference_logps[part].to(model.device)  # (b, 2)
+    return dpo_loss(*logps.view(-1, 2).unbind(1),  # (2b,) -> (b, 2) -> (b,) each
+                    *reference.unbind(1), BETA).sum()
 
 
 def run(args, meter):
     """Ours, and Liger: the loop of dpo.py."""
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in model.py
     pairs, model, reference = make_pairs(args), make_model(args, 0), make_model(args, 1)
     if args.worker == "ours":
         reference_logps = group_logps(reference, pairs, args.max_tokens)  # (pairs, 2)
@@ -167,9 +171,7 @@ def run(args, meter):
             if args.worker == "liger +ref":
                 loss = liger_loss(part)
             else:
-                logps, _ = response_logps(model, [sequence for g in part for sequence in pairs[g]])
-                loss = dpo_loss(*logps.view(-1, 2).unbind(1),  # (2b,) -> (b, 2) -> (b,) each
-                                *reference_logps[part].to(args.device).unbind(1), BETA).sum()
+                loss = our_loss(model, pairs, reference_logps, part)
             (loss / len(pairs)).backward()
             total += loss.detach() / len(pairs)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -260,15 +262,15 @@ def missing(case, device):
 
 
 def race(names, rounds, tolerance):
-    """Steps of ours and of a peer in turn: {name: seconds}, {name: (peak, whole)}."""
+    """Steps of ours and perhaps of a peer, in turn: {name: seconds}, {name: (peak, whole)}."""
     workers = {name: Worker(name) for name in names}
     try:
         for step in range(CHECKED):
             rows = {name: worker.step() for name, worker in workers.items()}
             print(f"losses of step {step + 1}:",
                   ", ".join(f"{name} {row['loss']:.7f}" for name, row in rows.items()), flush=True)
-            one, other = (row["loss"] for row in rows.values())
-            if not abs(one - other) <= tolerance:
+            losses = [row["loss"] for row in rows.values()]
+            if not abs(losses[0] - losses[-1]) <= tolerance:
                 raise SystemExit(f"the losses differ by more than {tolerance}")
         times = {name: [row["seconds"]] for name, row in rows.items()}  # of the second step
         for _ in range(rounds - 1):
@@ -286,20 +288,22 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; '
                         "None: pairs of random tokens in the shape of TL;DR")
-    parser.add_argument("--model", help="folder with GPT-2's config and tokenizer, for --data")
+    parser.add_argument("--model", help="folder with a config and, for --data, a tokenizer; "
+                        "None: GPT-2 small")
     parser.add_argument("--pairs", type=int, help="pairs of an update; None: 4, with --data 32")
     parser.add_argument("--max_tokens", type=int, default=4096, help="ours: as in dpo.py")
     parser.add_argument("--rounds", type=int, default=3, help="timed updates of each case")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES,
                         help="whom to run against")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run")
+    parser.add_argument("--json", help="file to which the table is appended")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.pairs = args.pairs or (32 if args.data else 4)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU; leave the flag out for the CPU")
     if args.data and not args.model:
-        raise SystemExit("--data: also give --model, a folder with GPT-2's config and tokenizer")
+        raise SystemExit("--data: also give --model, a folder with config and tokenizer")
     if args.data and args.pairs > 8 and args.pairs % 8:
         raise SystemExit("--pairs: peers take 8 at a time; give a multiple of 8")
     if min(args.rounds, args.pairs, args.max_tokens) < 1:
@@ -310,8 +314,13 @@ def main():
     lengths = [len(prompt + response) for pair in make_pairs(args) for prompt, response in pair]
     where = (f"{torch.get_num_threads()} threads, fp32 on the CPU" if args.device == "cpu"
              else f"bf16 autocast on {torch.cuda.get_device_name()}")
-    print(f"torch {torch.__version__}, {where}: {args.pairs} pairs, sequences of {min(lengths)} to "
-          f"{max(lengths)} tokens, {statistics.mean(lengths):.0f} on average")
+    config = make_config(args.model)
+    with torch.device("meta"):  # only to count its weights
+        size = AutoModelForCausalLM.from_config(config).num_parameters() / 1e6
+    setting = (f"torch {torch.__version__}, {where}: {config.model_type}, {size:.0f}M parameters; "
+               f"{args.pairs} pairs, sequences of {min(lengths)} to {max(lengths)} tokens, "
+               f"{statistics.mean(lengths):.0f} on average")
+    print(setting)
     tolerance = 0.02 if args.device == "cuda" else 1e-4 if args.data else 1e-5
     seconds, memory, ratios = {}, {}, {}
     for case in args.cases:
@@ -326,7 +335,16 @@ def main():
         ratios[case] = {
             "time": statistics.median(x / y for x, y in zip(times[own], times[case])),
             "peak": memory[own][0] / memory[case][0]}
+    if not seconds:
+        seconds, memory = race(["ours"], args.rounds, tolerance)
 
+    if args.json:
+        add_table(args.json, "dpo_step", setting, "ours / it", [
+            {"case": name, "seconds": statistics.median(times), "least": min(times),
+             "tokens_per_second": sum(lengths) / statistics.median(times),
+             "peak_mib": memory[name][0], "whole_mib": memory[name][1],
+             **{f"{what}_ratio": ratio for what, ratio in ratios.get(name, {}).items()}}
+            for name, times in seconds.items()])
     print(f"\n{'':16} {'median s':>9} {'min s':>7} {'ours / it':>10} {'peak MiB':>9} "
           f"{'ours / it':>10} {'whole MiB':>10}")
     for name, times in seconds.items():

@@ -19,6 +19,9 @@ the gradients of both inputs. Before any timing, all must agree.
   log-probs alone (its DPOTrainer also asks for entropy, mean logits and accuracy).
 - torch: `linear_cross_entropy`, in chunks of tokens.
 
+On a GPU the check is in fp32, and products are then timed with inputs rounded to TF32, as the
+scripts have them.
+
 Time: all cases in turn in one process, round after round; a ratio is the median of the ratios
 within a round, so that a machine which others use disturbs both sides alike. Memory: a process for
 each case; the peak above what stood before, so that gradients count and inputs do not.
@@ -35,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measuring import Memory, add_table  # noqa: E402
 from dpo import dpo_loss, gather_logps  # noqa: E402
 
 RESPONSE, BETA = 256, 0.1
@@ -144,24 +148,12 @@ def check(found, inputs):
 
 
 def peak(case, args):
-    """MiB above what stood before one run of a case; for a process of its own."""
+    """MiB above what stood before one run of a case; on a CPU for a process of its own."""
     run(case, *make_inputs(2 * RESPONSE, 64, 512, args.device))  # loads code, starts threads
     inputs = make_inputs(args.N, args.D, args.V, args.device)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(case, *inputs)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
-
-    def kilobytes(key):
-        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
-
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most ever resident, starts again
-    before = kilobytes("VmRSS")
+    memory = Memory(args.device)
     run(case, *inputs)
-    return (kilobytes("VmHWM") - before) / 1024
+    return memory.peak()[0]
 
 
 def main():
@@ -175,6 +167,7 @@ def main():
                         help="cpu or cuda")
     parser.add_argument("--peers", nargs="*",
                         help="rows beside the first four; none named: none (None: all)")
+    parser.add_argument("--json", help="file to which the table is appended")
     parser.add_argument("--memory", help="only print the peak of this case, in MiB")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -183,13 +176,19 @@ def main():
     if args.memory:
         return print(peak(found[args.memory], args))
 
-    print(f"torch {torch.__version__}: N={args.N} D={args.D} V={args.V}, fp32, {args.device}, "
-          f"{torch.get_num_threads()} threads")
+    where = (f"fp32, cpu, {torch.get_num_threads()} threads" if args.device == "cpu"
+             else f"TF32, {torch.cuda.get_device_name()}")
+    setting = f"torch {torch.__version__}: N={args.N} D={args.D} V={args.V}, {where}"
+    print(setting)
     if args.peers is not None:
         found = {name: case for i, (name, case) in enumerate(found.items())
                  if i < OWN or name in args.peers}
     inputs = make_inputs(args.N, args.D, args.V, args.device)
     check(found, inputs)  # also warms up
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in model.py
+        for case in found.values():
+            run(case, *inputs)
     seconds = {name: [] for name in found}
     for _ in range(args.rounds):
         for name, case in found.items():
@@ -197,15 +196,24 @@ def main():
             run(case, *inputs)
             seconds[name].append(time.perf_counter() - start)
     flags = [f"--{key}={value}" for key, value in vars(args).items()
-             if key not in ("peers", "memory")]
-    peaks = {name: float(subprocess.check_output(
-        [sys.executable, __file__, *flags, "--memory", name], text=True,
-        start_new_session=True).split()[-1]) for name in found}
+             if key not in ("peers", "json", "memory")]
+    if args.device == "cuda":
+        peaks = {name: peak(case, args) for name, case in found.items()}
+    else:
+        peaks = {name: float(subprocess.check_output(
+            [sys.executable, __file__, *flags, "--memory", name], text=True,
+            start_new_session=True).split()[-1]) for name in found}
     if peaks["ours"] != peaks["ours"]:
         print("memory was not measured: that needs Linux, or CUDA")
 
     ratio = {"time": lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b])),
              "peak": lambda a, b: peaks[a] / peaks[b]}
+    if args.json:
+        add_table(args.json, "gather", setting, "it / naive", [
+            {"case": name, "seconds": statistics.median(times), "least": min(times),
+             "tokens_per_second": args.N / statistics.median(times), "peak_mib": peaks[name],
+             **{f"{what}_ratio": of(name, "naive") for what, of in ratio.items()}}
+            for name, times in seconds.items()])
     print(f"\n{'':15} {'median s':>9} {'min s':>7} {'/ naive':>8} {'/ four':>7} {'peak MiB':>9} "
           f"{'/ naive':>8}")
     for name, times in seconds.items():

@@ -6,7 +6,7 @@
 PPO needs samples of the policy and their log-probs. `sample` of ppo_rlhf.py leaves behind the rows
 that have ended; `generate` goes on with them until the last one has.
 
-GPT-2 small with random weights, dropout off, in fp32 (on a GPU our side computes in bf16, as the
+GPT-2 small with random weights, dropout off, in fp32 (on a GPU both sides compute in bf16, as the
 scripts do); prompts of 64 to 384 random tokens, at most 48 new ones. So that responses end, as
 they do in a trained model, EOS is made likely: a bias along its embedding gives it about one chance
 in twenty a token.
@@ -34,6 +34,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measuring import Memory, add_table  # noqa: E402
 from ppo_rlhf import per_token, sample, token_logps  # noqa: E402
 
 EOS = 50256
@@ -64,7 +65,9 @@ def generate(model, prompts, seed, args):
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                               eos_token_id=EOS, pad_token_id=EOS,
                               max_new_tokens=args.max_new_tokens)
-    new = model.generate(ids, attention_mask=mask, generation_config=config)[:, T:].tolist()
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        new = model.generate(ids, attention_mask=mask, generation_config=config)
+    new = new[:, T:].tolist()
     return [r[:r.index(EOS) + 1] if EOS in r else r for r in new]
 
 
@@ -87,24 +90,12 @@ def run(name, model, prompts, seed, args):
 
 
 def peak(name, args):
-    """MiB above what stood before one run of a case; for a process of its own."""
+    """MiB above what stood before one run of a case; on a CPU for a process of its own."""
     model, prompts = make_model(args.device), make_prompts(args.prompts)
     run(name, model, prompts[:1], 0, args)  # loads code, starts threads
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(name, model, prompts, 0, args)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
-
-    def kilobytes(key):
-        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
-
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most ever resident, starts again
-    before = kilobytes("VmRSS")
+    memory = Memory(args.device)
     run(name, model, prompts, 0, args)
-    return (kilobytes("VmHWM") - before) / 1024
+    return memory.peak()[0]
 
 
 def main():
@@ -116,6 +107,7 @@ def main():
                                 ("rounds", 3, "timings of each case")]:
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run")
+    parser.add_argument("--json", help="file to which the table is appended")
     parser.add_argument("--memory", help="only print the peak of this case, in MiB")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -125,30 +117,48 @@ def main():
     if args.memory:
         return print(peak(args.memory, args))
 
+    where = f"cpu, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        where = f"bf16 autocast on {torch.cuda.get_device_name()}"
+        torch.set_float32_matmul_precision("high")  # as in model.py
     model, prompts = make_model(args.device), make_prompts(args.prompts)
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads: "
-          f"{args.prompts} prompts, up to {args.max_new_tokens} new tokens")
+    setting = (f"torch {torch.__version__}, {where}: {args.prompts} prompts, up to "
+               f"{args.max_new_tokens} new tokens")
+    print(setting)
     seconds = {BASE: [], "ours": [], "generate alone": [], "sample alone": []}
     lengths = {name: statistics.mean(map(len, run(name, model, prompts, 0, args)))
                for name in (BASE, "ours")}  # also warms up
     print("mean tokens of a response:", ", ".join(f"{n} {x:.1f}" for n, x in lengths.items()))
     if not 0.6 < lengths["ours"] / lengths[BASE] < 1.7:
         raise SystemExit("the two sides do not sample alike")
+    speeds = {name: [] for name in seconds}  # sampled tokens a second
     for seed in range(1, args.rounds + 1):
         for name, times in seconds.items():
             start = time.perf_counter()
-            run(name, model, prompts, seed, args)
+            responses = run(name, model, prompts, seed, args)
             times.append(time.perf_counter() - start)
-    flags = [f"--{key}={value}" for key, value in vars(args).items() if key != "memory"]
-    peaks = {name: float(subprocess.check_output(
-        [sys.executable, __file__, *flags, "--memory", name], text=True,
-        start_new_session=True).split()[-1]) for name in seconds}
+            speeds[name].append(sum(map(len, responses)) / times[-1])
+    flags = [f"--{key}={value}" for key, value in vars(args).items()
+             if key not in ("json", "memory")]
+    if args.device == "cuda":
+        peaks = {name: peak(name, args) for name in seconds}
+    else:
+        peaks = {name: float(subprocess.check_output(
+            [sys.executable, __file__, *flags, "--memory", name], text=True,
+            start_new_session=True).split()[-1]) for name in seconds}
 
-    print(f"\n{'':22} {'median s':>9} {'min s':>7} {'ratio':>6} {'peak MiB':>9} {'ratio':>6}")
-    for name, times in seconds.items():
-        ratio = statistics.median(x / y for x, y in zip(times, seconds[BASE]))
-        print(f"{name:22} {statistics.median(times):9.2f} {min(times):7.2f} {ratio:6.2f} "
-              f"{peaks[name]:9.0f} {peaks[name] / peaks[BASE]:6.2f}")
+    rows = [{"case": name, "seconds": statistics.median(times), "least": min(times),
+             "tokens_per_second": statistics.median(speeds[name]), "peak_mib": peaks[name],
+             "time_ratio": statistics.median(x / y for x, y in zip(times, seconds[BASE])),
+             "peak_ratio": peaks[name] / peaks[BASE]} for name, times in seconds.items()]
+    if args.json:
+        add_table(args.json, "rollout", setting, f"it / {BASE}", rows)
+    print(f"\n{'':22} {'median s':>9} {'min s':>7} {'ratio':>6} {'tokens/s':>9} {'peak MiB':>9} "
+          f"{'ratio':>6}")
+    for row in rows:
+        print(f"{row['case']:22} {row['seconds']:9.2f} {row['least']:7.2f} "
+              f"{row['time_ratio']:6.2f} {row['tokens_per_second']:9.1f} {row['peak_mib']:9.0f} "
+              f"{row['peak_ratio']:6.2f}")
 
 
 if __name__ == "__main__":

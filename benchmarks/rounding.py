@@ -48,8 +48,9 @@ def main():
     hidden = hidden_states(model, ids, where).double()
     weight = model.get_output_embeddings().weight.double()
     exact, logits = logps(hidden, weight, targets)
-    print(f"{args.model}: {len(hidden)} tokens, D={hidden.shape[1]}, V={len(weight)}; logits with SD "
-          f"{logits.std():.1f}, at most {logits.abs().max():.0f}; mean log-prob {exact.mean():.2f}\n")
+    print(f"{args.model}: {len(hidden)} tokens, D={hidden.shape[1]}, V={len(weight)}; logits: SD "
+          f"{logits.std():.1f}, at most {logits.abs().max():.0f}; mean log-prob "
+          f"{exact.mean():.2f}\n")
     print("change of a token's log-prob, nats      SD       mean      worst")
     for name, bits in (("TF32, 10 bits", 10), ("bf16, 7 bits", 7)):
         moved = logps(round_to(hidden, bits), round_to(weight, bits), targets)[0] - exact

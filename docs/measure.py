@@ -9,7 +9,8 @@ Each command runs as a reader would run it, in a process of its own, whose CPU t
 are kept: 40 seeds for dpo.py, eight for the other default runs (five for sft.py), and three for
 most others. With --jobs above 1 every process has one thread. A finished run stays in --out. It is
 made again only if its command or its code has changed, comments and docstrings aside. The
-benchmarks of time run alone and measure against peers: pip install trl==1.16.0 liger-kernel.
+benchmarks of time run alone and measure against peers: pip install trl==1.16.0 liger-kernel. What
+benchmarks/gpu.sh has measured on a GPU is taken from runs/gpu/gpu.json.
 
 Five kinds of things are written here and need no typing:
     blocks      between <!-- results: NAME --> and <!-- end -->: tables and terminal output
@@ -115,8 +116,10 @@ RUNS = {
     "gather": ("benchmarks/gather.py", ALL, 400),
     "dpo_step": ("benchmarks/dpo_step.py", ALL, 1500),
     "rollout": ("benchmarks/rollout.py", ALL, 500),
+    "cost": ("benchmarks/cost.py", ALL, 900),
 }
-TIMED = {"gather": ("trl", "liger_kernel"), "dpo_step": ("trl", "liger_kernel"), "rollout": ()}
+TIMED = {"gather": ("trl", "liger_kernel"), "dpo_step": ("trl", "liger_kernel"), "rollout": (),
+         "cost": ()}
 SENTENCES = [  # words of a page, and for each {} of them: (run, column, key, digits), of seed 0
     ("falls to {}, while the true reward of samples rises from {} to {}",
      [("dpo", "last", "rewards/chosen", 2), ("dpo", "before", "samples/true_reward", 2),
@@ -523,6 +526,26 @@ def block_lessons():
                      "<br>".join(f"`python {command}`" for command in commands),
                      "<br>".join(minutes) * any(minutes)])
     return markdown(["lesson", "question", "command", "CPU minutes"], rows)
+
+
+def block_gpu():
+    """The tables that benchmarks/gpu.sh has left; it runs on another machine."""
+    path = OUT.parent / "gpu" / "gpu.json"
+    if not path.exists():
+        raise Missing("gpu")
+    parts = []
+    for table in json.loads(path.read_text(encoding="utf-8")):
+        rows = []
+        for row in table["rows"]:
+            numbers = [(1000 * row["seconds"], 1), (row.get("time_ratio"), 2),
+                       (row["tokens_per_second"], 0), (row["peak_mib"], 0),
+                       (row.get("peak_ratio"), 2)]
+            rows.append([row["case"], *("" if value is None else f"{value:.{digits}f}"
+                                        for value, digits in numbers)])
+        head = ["case", "median ms", table["ratio"], "tokens/s", "peak MiB", table["ratio"]]
+        parts.append(f"`python benchmarks/{table['benchmark']}.py`, {table['setting']}:\n\n"
+                     f"{markdown(head, rows)}")
+    return "\n\n".join(parts)
 
 
 FIGURES = {  # of seed 0. name: the title, and for each panel the label of its y axis and its lines
