@@ -271,15 +271,15 @@ def toy_reward(review):
     return float(sum((word in PRAISE) - (word in BLAME) for word in words))
 
 
-def toy_grammatical(review):
+def toy_grammatical(review, repeats=False):
     """Whether a review is one or two sentences like " The plot was dull and long.".
 
-    "dull and dull" does not count: no review that tiny/ learned from repeats a word like this.
+    "dull and dull" counts only with repeats: no review that tiny/ learned from has such words.
     """
     word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
     sentence = rf" (The ({aspect}) was|I found the ({aspect})) ({word})( and ({word}))?\."
     repeated = re.search(r"\b(\w+) and \1\b", review)
-    return bool(re.fullmatch(f"({sentence}){{1,2}}", review)) and not repeated
+    return bool(re.fullmatch(f"({sentence}){{1,2}}", review)) and (repeats or not repeated)
 
 
 def toy_pairs(model, tokenizer, count, seed):
@@ -303,7 +303,7 @@ def toy_pairs(model, tokenizer, count, seed):
             own.sort(key=toy_reward)
         a, b = own[0], own[-1]
         gap = toy_reward(b) - toy_reward(a)
-        judged = all(map(toy_grammatical, own)) if model.small else gap > 0
+        judged = all(toy_grammatical(text, True) for text in own) if model.small else gap > 0
         if rng.random() > 1 / (1 + math.exp(gap)):
             a, b = b, a
         if judged:

@@ -244,15 +244,15 @@ def toy_reward(review):
     return float(sum((word in PRAISE) - (word in BLAME) for word in words))
 
 
-def toy_grammatical(review):
+def toy_grammatical(review, repeats=False):
     """Whether a review is one or two sentences like " The plot was dull and long.".
 
-    "dull and dull" does not count: no review that tiny/ learned from repeats a word like this.
+    "dull and dull" counts only with repeats: no review that tiny/ learned from has such words.
     """
     word, aspect = "|".join(POSITIVE + NEUTRAL + NEGATIVE), "|".join(ASPECTS)
     sentence = rf" (The ({aspect}) was|I found the ({aspect})) ({word})( and ({word}))?\."
     repeated = re.search(r"\b(\w+) and \1\b", review)
-    return bool(re.fullmatch(f"({sentence}){{1,2}}", review)) and not repeated
+    return bool(re.fullmatch(f"({sentence}){{1,2}}", review)) and (repeats or not repeated)
 
 
 def toy_rows(count, seed):

@@ -378,7 +378,7 @@ def test_pairs_follow_the_bradley_terry_model(gap, monkeypatch, capsys):
     echo = Echo([" 0", " 1"])
     monkeypatch.setattr(dpo, "sample", echo)
     monkeypatch.setattr(dpo, "toy_reward", lambda text: gap * (text[-1] == "0"))
-    monkeypatch.setattr(dpo, "toy_grammatical", lambda text: "opera" not in text or text[-1] == "0")
+    monkeypatch.setattr(dpo, "toy_grammatical", lambda text, repeats: "opera" not in text or text[-1] == "0")
     rows = dpo.toy_pairs(SMALL, echo, 4000, 5)
     assert sigma(gap) == frequency(row["chosen"][-1] == "0" for row in rows)
     for row in rows:
@@ -564,6 +564,7 @@ def test_what_a_review_did():
                        " The plot was long. The cast was moving and moving.": False,
                        " The plot was dull. The plot was dull.": True}.items():
         assert dpo.toy_grammatical(text) == ppo_rlhf.toy_grammatical(text) == good
+        assert dpo.toy_grammatical(text, repeats=True)
 
 
 @pytest.mark.parametrize("requirements, count", [(1, 2), (2, 6), (3, 48)])

@@ -60,7 +60,8 @@ def test_words_are_enumerated_and_judged_like_the_toy(tiny):
         tiny[1].encode_example(prompt, texts[i], 64) for i in few])
     assert torch.allclose(logps[few], again, atol=1e-4)
     pairs = [row for row in frontier.judged_pairs(*tiny, dpo.toy_prompts(), 8, 3)
-             if dpo.toy_grammatical(row["chosen"]) and dpo.toy_grammatical(row["rejected"])]
+             if dpo.toy_grammatical(row["chosen"], True)
+             and dpo.toy_grammatical(row["rejected"], True)]
     assert pairs == dpo.toy_pairs(*tiny, 8, 3)
 
 
