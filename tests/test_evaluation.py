@@ -378,7 +378,8 @@ def test_pairs_follow_the_bradley_terry_model(gap, monkeypatch, capsys):
     echo = Echo([" 0", " 1"])
     monkeypatch.setattr(dpo, "sample", echo)
     monkeypatch.setattr(dpo, "toy_reward", lambda text: gap * (text[-1] == "0"))
-    monkeypatch.setattr(dpo, "toy_grammatical", lambda text, repeats: "opera" not in text or text[-1] == "0")
+    monkeypatch.setattr(dpo, "toy_grammatical",
+                        lambda text, repeats: "opera" not in text or text[-1] == "0")
     rows = dpo.toy_pairs(SMALL, echo, 4000, 5)
     assert sigma(gap) == frequency(row["chosen"][-1] == "0" for row in rows)
     for row in rows:
