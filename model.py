@@ -105,18 +105,18 @@ def load_model(name="tiny", head="lm", device="cpu", lora_rank=0):
         fail(f"{name}: cannot load this model; give a folder with all its files, or a hub id that "
              f"can be reached ({type(error).__name__}: {str(error)[:300]})")
     check_weights(model, name, info)
-    try:
-        # Without eval() dropout would give two passes of one model different log-probs.
-        model = model.eval().to(device)
-        if str(device).startswith("cuda"):  # TF32: tensor cores multiply what stays in fp32
-            torch.set_float32_matmul_precision("high")
-    except (AssertionError, RuntimeError) as error:
-        fail(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})")
+    model.eval()  # dropout would give two passes of one model different log-probs
     tokenizer.size = model.get_input_embeddings().num_embeddings
     if tokenizer.eos_id >= tokenizer.size:
         fail(f"{name}: the model has no embedding for its tokenizer's EOS, so no response could "
              "end; take the tokenizer that belongs to the model")
-    check_model(model, name, tokenizer.size)
+    check_model(model, name, tokenizer.size)  # on the CPU, in fp32
+    try:
+        model.to(device)
+        if str(device).startswith("cuda"):  # TF32: tensor cores multiply what stays in fp32
+            torch.set_float32_matmul_precision("high")
+    except (AssertionError, RuntimeError) as error:
+        fail(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})")
     if lora_rank:
         add_lora(model, lora_rank)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -227,14 +227,17 @@ def add_lora(model, rank):
     """Freeze the model and give each linear layer of its blocks an adapter."""
     model.requires_grad_(False)
     total = model.base_model.num_parameters(exclude_embeddings=True)
-    adapted = 0
-    for layer in list(model.base_model.modules()):
-        if isinstance(layer, (nn.Linear, Conv1D)):
-            layer.lora = LoRA(weight_of(layer), rank)
-            layer.hook = layer.register_forward_hook(layer.lora)  # called after the layer
-            if model.device.type == "cuda":  # as autocast would cast it, again for each token
-                layer.weight.data = layer.weight.data.bfloat16()
-            adapted += layer.weight.numel()
+    layers = [layer for layer in model.base_model.modules()
+              if isinstance(layer, (nn.Linear, Conv1D))]
+    if len({layer.weight for layer in layers}) < len(layers):
+        fail("--lora_rank: some layers of this model share their weights, so no adapter could be "
+             "added to one of them alone; leave the flag out")
+    for layer in layers:
+        layer.lora = LoRA(weight_of(layer), rank)
+        layer.hook = layer.register_forward_hook(layer.lora)  # called after the layer
+        if model.device.type == "cuda":  # as autocast would cast it, again for each token
+            layer.weight.data = layer.weight.data.bfloat16()
+    adapted = sum(layer.weight.numel() for layer in layers)
     print(f"LoRA: {adapted / total:.0%} of the parameters outside the embedding have an adapter")
     if hasattr(model, "score"):
         model.score.requires_grad_(True)

@@ -5,7 +5,9 @@
 
 The log-prob of a token is z_y - log sum_v exp(z_v), z = W h. A GPU's tensor cores round W and h to
 10 bits of mantissa (TF32) or to 7 (bf16) before they multiply, and add up in fp32. Here both are
-rounded by hand, and all else is done in float64, so a CPU can tell what the rounding does.
+rounded by hand, and all else is done in float64, so a CPU can tell what the rounding does. As in
+`GatherLogps` the target's own logit z_y is no such product, but a sum in fp32, so it is not rounded.
+A log-prob can then be a little above 0.
 """
 
 import argparse
@@ -25,10 +27,13 @@ def round_to(x, bits):
     return torch.ldexp(torch.round(mantissa * 2.0**(bits + 1)), exponent - bits - 1)
 
 
-def logps(hidden, weight, targets):
+def logps(hidden, weight, targets, bits=None):
     """Log-probs of the targets: (N, D), (V, D), (N,) -> (N,), and the logits (N, V)."""
+    own = (hidden * weight[targets]).sum(1)  # (N,)
+    if bits:
+        hidden, weight = round_to(hidden, bits), round_to(weight, bits)
     logits = hidden @ weight.T
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1), logits
+    return own - logits.logsumexp(1), logits
 
 
 @torch.no_grad()
@@ -44,17 +49,20 @@ def main():
     else:
         rows = [(prompt, " The plot was dull and long. I found the cast superb.")
                 for prompt in toy_prompts()[:20]]
-    ids, where, targets, _ = collate([tokenizer.encode_example(*row, 256) for row in rows], "cpu")
+    examples = [tokenizer.encode_example(*row, tokenizer.context) for row in rows]
+    ids, where, targets, _ = collate([x for x in examples if x is not None], "cpu")
     hidden = hidden_states(model, ids, where).double()
     weight = model.get_output_embeddings().weight.double()
     exact, logits = logps(hidden, weight, targets)
     print(f"{args.model}: {len(hidden)} tokens, D={hidden.shape[1]}, V={len(weight)}; logits: SD "
           f"{logits.std():.1f}, at most {logits.abs().max():.0f}; mean log-prob "
           f"{exact.mean():.2f}\n")
-    print("change of a token's log-prob, nats      SD       mean      worst")
+    print("change of a token's log-prob, nats      SD       mean      worst    above 0")
     for name, bits in (("TF32, 10 bits", 10), ("bf16, 7 bits", 7)):
-        moved = logps(round_to(hidden, bits), round_to(weight, bits), targets)[0] - exact
-        print(f"{name:30} {moved.std():11.5f} {moved.mean():+10.5f} {moved.abs().max():10.5f}")
+        rounded = logps(hidden, weight, targets, bits)[0]
+        moved = rounded - exact
+        print(f"{name:30} {moved.std():11.5f} {moved.mean():+10.5f} {moved.abs().max():10.5f} "
+              f"{(rounded > 0).double().mean():10.1%}")
 
 
 if __name__ == "__main__":

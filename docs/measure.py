@@ -673,7 +673,7 @@ def code_of(path, name, step="", first="", last=""):
 
 
 CODE = re.compile(r'(<!-- code: (\S+) (\S+)(?: step (\d+))?(?: from "(.+?)" to "(.+?)")? -->\n)'
-                  r".*?(<!-- end -->)", re.S)
+                  r"(?:(?!<!-- code|<!-- results).)*?(<!-- end -->)", re.S)
 
 
 def seconds_of(command):
@@ -688,7 +688,7 @@ def code_block(marks):
     """A match of CODE, with the code of today between its marks."""
     try:
         return f"{marks[1]}```python\n{code_of(*marks.groups('')[1:-1])}\n```\n{marks[7]}"
-    except StopIteration:
+    except (StopIteration, OSError):
         raise SystemExit(f"{marks[1].strip()}: there is no such code") from None
 
 

@@ -289,6 +289,25 @@ def test_lora(kind, head, tmp_path):
         assert torch.allclose(logits(merged), adapted, atol=1e-4 * float(adapted.abs().max()))
 
 
+def test_lora_needs_weights_that_are_not_shared(tmp_path, capsys):
+    """As in Zamba2: each of the layers would have an adapter, and the one weight all of them."""
+    model, _ = m.load_model()
+    model.transformer.h[1].attn.c_attn.weight = model.transformer.h[0].attn.c_attn.weight
+    with pytest.raises(SystemExit):
+        m.add_lora(model, 2)
+    assert "some layers of this model share their weights" in capsys.readouterr().err
+
+
+def test_models_are_checked_on_the_cpu(monkeypatch):
+    """In TF32 or bf16 two passes of a causal model differ, so there it would be refused."""
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: seen.append(device))
+    monkeypatch.setattr(m, "check_model", lambda model, *_: seen.append("checked"))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    m.load_model(device="cuda")
+    assert seen == ["checked", "cuda", "high"]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_frozen_weights_are_bf16_on_cuda(kind, tmp_path, monkeypatch):
     """There autocast makes bf16 of them, and keeps no copy, since they want no gradient: it would

@@ -53,7 +53,7 @@ def test_step_1_is_exactly_log_2_in_bf16(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", [ppo_rlhf, grpo], ids=["ppo_rlhf", "grpo"])
 def test_ratios_of_the_first_update_are_exactly_1_in_bf16(script, tmp_path, monkeypatch):
     """Samples are scored in the parts of the minibatches of the first pass."""
-    scored, learned, off = [], [], []
+    scored, learned, off, off_values = [], [], [], []
     token_logps, name = ppo_rlhf.token_logps, "policy_loss" if script is ppo_rlhf else "grpo_loss"
     loss = getattr(script, name)
 
@@ -64,6 +64,10 @@ def test_ratios_of_the_first_update_are_exactly_1_in_bf16(script, tmp_path, monk
     monkeypatch.setattr(script, "token_logps", watched)
     monkeypatch.setattr(script, name, lambda logps, old, *args, **flags: (
         off.append(float((logps - old).abs().max())), loss(logps, old, *args, **flags))[1])
+    value_loss = ppo_rlhf.value_loss  # of PPO alone
+    monkeypatch.setattr(ppo_rlhf, "value_loss", lambda values, old, *args, **flags: (
+        off_values.append(float((values - old).abs().max())),
+        value_loss(values, old, *args, **flags))[1])
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled, real=torch.autocast:
                         real(device, dtype, enabled=True))
     monkeypatch.setattr(script, "evaluate", lambda *_: ({"before": {}, "after": {}}, []))
@@ -74,6 +78,7 @@ def test_ratios_of_the_first_update_are_exactly_1_in_bf16(script, tmp_path, monk
     sizes = torch.tensor([len(part) for part in learned]).cumsum(0)
     first = int((sizes <= 16).sum())  # parts of the first minibatch
     assert sizes[first - 1] == 16 and not any(off[:first]) and all(off[first:])
+    assert not any(off_values[:first]) and all(off_values[first:])
 
 
 def test_kto_starts_at_0_in_bf16(tmp_path, monkeypatch):

@@ -136,7 +136,8 @@ def compare(args):
     columns = {"A": win_rate(b, a, prompts, tokens[0] - tokens[1]),
                "B": win_rate(a, b, prompts, tokens[1] - tokens[0])}
     if "win_rate_equal_length" not in columns["B"]:
-        print("no win rate at equal length: length alone decides these pairs, or never varies")
+        print("no win rate at equal length: one side wins all pairs, or length decides them, or it "
+              "never varies")
     for column, scores, lengths in zip(columns.values(), (a, b), tokens):
         column |= {"scores/mean": float(scores.mean()), "samples/tokens": float(lengths.mean())}
     samples = [{"prompt": one["prompt"], f"A {x:+.2f}": one["response"],
