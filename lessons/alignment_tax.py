@@ -156,12 +156,12 @@ def main(argv=None):
         for values, digits in zip(zip(*rows), (2, 2, 2, 3, 2, 2, 3)):
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {name.replace('--lr', '`--lr').replace('1e-3, ', '1e-3 ')}` | "
-                     f"{' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     print("\n".join(lines))
     (out / "table.md").write_text("\n".join(lines) + "\n")
 
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 3.4))
     left, right = figure.subplots(1, 2)
@@ -175,6 +175,7 @@ def main(argv=None):
     left.set(title="each dot is a step", xlabel="reward of reviews",
              ylabel="loss on summaries, nats a token")
     right.set(title="each line is a seed", xlabel="step of PPO")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=7)
     figure.suptitle("PPO on reviews makes summaries worse; --ptx_data prevents most of it")
     figure.tight_layout()

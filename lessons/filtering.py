@@ -178,7 +178,7 @@ def draw(found, start, path):
         axis.minorticks_off()
         axis.set(xlabel="demonstrations before the choice", title=label)
     axes[1].set_ylim(0, 1.05)
-    figure.suptitle("The best tenth gives the most reward, but not better grammar (mean ± SD)")
+    figure.suptitle("The best tenth gives the most reward (mean ± SD over seeds)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8)
     figure.tight_layout(rect=(0, 0.19, 1, 1))
     figure.savefig(path, dpi=100)

@@ -185,7 +185,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     fair = rate(TRUE, {}, "once")
     lines = ["| the judge | computed | equal models (0.500): formula | sampled | "
-             f"B better by {TRUE} ({fair:.3f}): formula | sampled | a draw at d | seen from d | "
+             f"B better by {TRUE} ({fair:.3f}): formula | sampled | draw at d | detected from d | "
              "sampled: seen there by |", "| --- " * 9 + "|"]
     rows = [(name, habits, way) for name, habits, ways in ROWS for way in ways]
     for name, habits, way in tqdm(rows, disable=None):

@@ -9,7 +9,7 @@ The same run four times: SimPO, SimPO without its margin, and summed log-probs i
 (which is CPO without its SFT term, or DPO without its reference) at SimPO's beta of 2 and at 0.1.
 A sum is the mean times the number of tokens, so at the same beta its gradient soon vanishes on the
 pairs that the policy ranks as the human did. The pairs that remain are those where the human erred,
-because of length or by chance, and the policy learns these errors. Means ± SD over three seeds.
+and the policy learns these errors. Means ± SD over three seeds.
 Table and figure are left in --out.
 """
 

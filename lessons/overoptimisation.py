@@ -145,7 +145,9 @@ def draw(runs, gold, path):
         for size, color in zip(SIZES, ("tab:red", "tab:orange", "tab:blue")):
             points = over_seeds(runs[fit, size], how)
             kl = [statistics.median(point[KEYS[0]]) for point in points]
-            for axis, key, style in zip(axes[[0, 1, 1], column], KEYS[1:4], ("-", "-", "--")):
+            upper, lower = axes[:, column]
+            for axis, key, style in ((upper, KEYS[1], "-"), (lower, KEYS[2], "-"),
+                                     (lower, KEYS[3], "--")):
                 means, sds = zip(*[spread(point[key]) for point in points])
                 label = f"{size} rankings" + ", in grammatical reviews" * (style == "--")
                 axis.errorbar(kl, means, sds, fmt=f"o{style}", ms=2, lw=1, elinewidth=0.5,

@@ -7,8 +7,9 @@ Each corrector mends the drafts that it has never seen as well as its own, and t
 from better drafts is the better one for both. On the right, more corrections make it worse, as
 topics are lost; with the stop rule, or with pairs that leave perfect answers alone, they do not.
 
-The toy of self_correct.py, smaller: 256 plays, 3 rounds. Welleck et al. 2022 (arXiv:2211.00053v1,
-4.4) train a corrector on the drafts of a small generator, and let it correct those of a larger one.
+The toy of self_correct.py, smaller: 256 plays, 3 rounds. Welleck et al. 2022
+(arXiv:2211.00053v1) train a corrector on the drafts of a small generator, and let it correct those
+of a larger one.
 Here the two generators are "plain", which is tiny after the warm-up of self_correct.py, and
 "filtered": plain writes four drafts for each play, the best one is kept, and plain learns these by
 SFT, as in RAFT. Its drafts have more kind words. Both correctors start as plain.
