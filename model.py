@@ -248,7 +248,7 @@ def merge_lora(model):
     """Add the adapters to the weights of their layers, and remove them."""
     for layer in list(model.modules()):
         if hasattr(layer, "lora"):
-            layer.weight.data = layer.weight.data.float()
+            layer.weight.data = layer.weight.data.to(layer.lora.A)  # fp32
             weight_of(layer).add_(layer.lora.scale * layer.lora.B @ layer.lora.A)  # (d_out, d_in)
             layer.hook.remove()
             del layer.lora, layer.hook

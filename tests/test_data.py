@@ -323,7 +323,7 @@ def test_texts_of_ptx_begin_as_the_tokenizer_begins_a_text(tmp_path, monkeypatch
     tokenizer.context = 64
     monkeypatch.setattr(ppo_rlhf, "load_model", lambda name, head, *_: (
         model if head == "lm" else load_model(tmp_path / "new", head)[0], tokenizer))
-    monkeypatch.setattr(ppo_rlhf, "learn", lambda *args: seen.append(args[3]) or open(tmp_path))
+    monkeypatch.setattr(ppo_rlhf, "learn", lambda *args: seen.append(args[4]) or open(tmp_path))
     with pytest.raises(SystemExit):
         ppo_rlhf.main(f"--ptx_data {tmp_path}/texts --out {tmp_path}/run --batch_size 4 "
                       "--max_new_tokens 8 --device cpu".split())
