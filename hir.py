@@ -360,11 +360,12 @@ def sample_and_relabel(model, tokenizer, tasks, seed, temperature, args, feedbac
 def evaluate(name, model, tokenizer, sets, args, feedback=""):
     """{name: the share of instructions that are followed, for each set of tasks}, and samples.
 
-    They are drawn at temperature 0.6 whatever --temperature is, so that runs can be compared. Of
-    the first set the share at temperature 1 is shown too: there label smoothing 0.2 costs the most.
+    They are drawn at temperature 0.6 whatever --temperature is, so that runs can be compared. For
+    the first set the share at temperature 1 is shown too: it tells how random the model itself is.
     """
     metrics, shown = {}, []
-    print(f"evaluating {name} training: {args.samples} samples of {' and of '.join(sets)}")
+    print(f"evaluating {name} training: {args.samples} samples of {' and of '.join(sets)}, "
+          "and as many at temperature 1")
 
     def draw(kind, temperature):
         tasks = (sets[kind] * args.samples)[:args.samples]

@@ -215,7 +215,14 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     for name, rows in (("a", [order[0], order[2], *samples[3:5]]),
                        ("b", [order[2], order[2], samples[3]])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    asked, compare = [], win_rate.win_rate
+    monkeypatch.setattr(win_rate, "win_rate", lambda *args: asked.append(args) or compare(*args))
     out = win_rate.main(f"{tmp_path}/a {tmp_path}/b --judge {tmp_path} --out {tmp_path}/o".split())
+    counts = [[len(judge[1].encode_example(row["prompt"], row["response"], 512)[1])
+               for row in read_jsonl(tmp_path / name)[:3]] for name in "ab"]
+    longer = [b - a for a, b in zip(*counts)]
+    assert [args[3].tolist() for args in asked] == [[-x for x in longer], longer] and any(longer)
+    assert out["samples/tokens"] == pytest.approx(sum(counts[1]) / 3)
     # 1 and 0.5 for prompt A, 0.5 for B. Length differs in one pair only, and that one is won.
     assert out["win_rate"] == pytest.approx(2 / 3) and "win_rate_equal_length" not in out
     assert out["win_rate_se"] == pytest.approx(1 / 9)
