@@ -37,8 +37,8 @@ from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, 
 
 # ---------------------------------------------------------------------------------- the losses
 # The first four inputs of each loss, all (B,): log-probs of whole responses, summed over their
-# tokens with EOS, in nats, under the policy and under the reference. Each loss returns (B,). They
-# are called by `pair_loss`, in step 5 of `train`.
+# tokens with EOS, in nats, under the policy and under the reference. Each loss returns (B,).
+# `pair_loss` calls them.
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta,
@@ -145,7 +145,7 @@ def collate(sequences, device):
 
 
 def hidden_states(model, ids, where):
-    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The head's input at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -256,7 +256,7 @@ BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed ha
 def toy_prompts(small=True):
     """300 openings of reviews, such as "I saw the film yesterday.".
 
-    A model that is not small would tell any story, so it is asked for its opinion.
+    A model above 10M parameters would tell any story, so its opinion is begun for it.
     """
     return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
@@ -282,7 +282,7 @@ def toy_grammatical(review, repeats=False):
     return bool(re.fullmatch(f"({sentence}){{1,2}}", review)) and (repeats or not repeated)
 
 
-def toy_pairs(model, tokenizer, count, seed):
+def toy_pairs(model, tokenizer, count, seed, max_tokens=4096):
     """Pairs of the model's own samples, judged by a noisy human.
 
     The human prefers a to b with probability sigma(r(a) - r(b)): the Bradley-Terry model. A small
@@ -295,16 +295,17 @@ def toy_pairs(model, tokenizer, count, seed):
     k = 2 if model.small else 8
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     print(f"sampling {len(asked)} reviews for the human to judge")
-    texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
+    drawn = sample(model, tokenizer, asked, 64, seed, max_tokens=4 * max_tokens)
+    texts = [tokenizer.decode(ids, whole=True) for ids in drawn]
     rows = []
     for i, prompt in enumerate(prompts):
         own = texts[i * k:(i + 1) * k]
         if not model.small:
             own.sort(key=toy_reward)
         a, b = own[0], own[-1]
-        gap = toy_reward(b) - toy_reward(a)
-        judged = all(toy_grammatical(text, True) for text in own) if model.small else gap > 0
-        if rng.random() > 1 / (1 + math.exp(gap)):
+        gap = toy_reward(a) - toy_reward(b)
+        judged = all(toy_grammatical(text, True) for text in own) if model.small else gap < 0
+        if rng.random() > 1 / (1 + math.exp(-gap)):
             a, b = b, a
         if judged:
             rows.append({"prompt": prompt, "chosen": a, "rejected": b})
@@ -330,36 +331,35 @@ def encode_pairs(tokenizer, rows, args):
             usable.append(dict(row, pair=pair))
             cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
     counts = {"pairs": len(usable),
-              "left out without room for --max_new_tokens within --max_length": no_room,
+              "left out without room for --max_new_tokens": no_room,
               "left out with equal responses": len(rows) - len(usable) - no_room,
-              "responses cut at --max_length": cut}
+              "responses cut for their length": cut}
     found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
     print(found)
-    return usable or fail(f"no pair is left: {found}")
+    return usable or fail(f"no pair is left: {found or 'none was judged'}")
 
 
-def yardstick(rewards, policy, reference, beta):
+def yardstick(rewards, pi, ref, beta):
     """How near J = E[r] - beta KL(pi || pi_ref) comes to its maximum over all policies, J*.
 
-    rewards, policy, reference: (P, 2n). For each of P prompts: n samples of the reference, then n
-    of the policy, with their rewards and their log-probs under policy and reference.
+    rewards, pi, ref: (P, 2n). For each of P prompts: n samples of the reference, then n of the
+    policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q. A standard error (se) is the SD over
-    200 bootstraps: all is computed again from n draws of each n samples, with replacement.
+    200 bootstraps. Each draws n of each n samples again, with replacement; the prompts stay.
     """
     P, n = len(rewards), rewards.shape[1] // 2
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(n, (201, P, 2, n), generator=generator) + torch.tensor([[0], [n]])
     draws[0] = torch.arange(2 * n).view(2, n)  # the first "draw" is the samples themselves
     draws = draws.flatten(2)  # (201, P, 2n)
-    rewards, policy, reference = (
-        x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, policy, reference))
-    log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
+    rewards, pi, ref = (x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, pi, ref))
+    log_weights = ref - torch.logaddexp(ref, pi)  # log of pi_ref / (2 q)
     x = log_weights + rewards / beta  # (201, P, 2n)
     # The mean of 2n weights pi_ref / q is the sum of 2n weights pi_ref / (2 q), divided by n.
     optimum = beta * (x.logsumexp(2) - math.log(n)).mean(1)  # (201,)
     start = rewards[:, :, :n].mean((1, 2))  # (201,)
-    now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
+    now = (rewards - beta * (pi - ref))[:, :, n:].mean((1, 2))  # (201,)
     way = (now - start) / (optimum - start)  # (201,)
     # Over all prompts: the error of J* is about beta / sqrt(effective_samples).
     effective_samples = P**2 / x[0].softmax(1).square().sum()
@@ -401,7 +401,7 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     """
     P, n = len(prompts), args.samples
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
-    columns, rewards, samples = {}, [], [{"prompt": prompt} for prompt in prompts]
+    columns, scores, samples = {}, [], [{"prompt": prompt} for prompt in prompts]
     print(f"evaluating: {len(test)} pairs, then {n} samples of both models for {P} prompts")
     pairs = [row["pair"] for row in test]
     lengths = torch.tensor([[len(response) for _, response in pair] for pair in pairs])  # (N, 2)
@@ -419,10 +419,10 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
                            max_tokens=4 * args.max_tokens)
         texts = [tokenizer.decode(response) for response in responses]
         groups += [[example] for example in zip(asked, responses)]
-        rewards.append(torch.tensor([toy_reward(text) for text in texts]).view(P, n))
         columns[name]["samples/tokens"] = fmean(map(len, responses))
         if not args.data:
-            columns[name]["samples/true_reward"] = float(rewards[-1].mean())
+            scores.append(torch.tensor([toy_reward(text) for text in texts]).view(P, n))
+            columns[name]["samples/true_reward"] = float(scores[-1].mean())
             if policy.small:
                 columns[name]["samples/grammatical"] = fmean(map(toy_grammatical, texts))
         for row, text in zip(samples, texts[::n]):
@@ -435,12 +435,10 @@ def evaluate(policy, reference, tokenizer, test, prompts, args):
     after = columns["after"]
     after["kl/policy_reference"] = float((policy_logps - reference_logps)[:, 1].mean())
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
-        old, new = rewards  # (P, n) each
+        old, new = scores  # (P, n) each
         after["samples/win_rate"] = float(1 + (new - old).sign().mean()) / 2
-        if policy.small and args.beta:  # larger models have too few samples by default
-            rewards = torch.cat(rewards, 1)  # (P, 2n)
-            after |= yardstick(rewards, policy_logps.flatten(1), reference_logps.flatten(1),
-                               args.beta)
+        after |= yardstick(torch.cat(scores, 1), policy_logps.flatten(1),  # (P, 2n) each
+                           reference_logps.flatten(1), args.beta)
     return columns, samples
 
 
@@ -465,7 +463,8 @@ def train(args):
     if args.data:
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
-        rows = all_gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
+        rows = toy_pairs(model, tokenizer, args.pairs, args.seed, args.max_tokens)
+        rows = all_gather(rows)[0]  # those of process 0
     rows = encode_pairs(tokenizer, rows, args)
     rows, test, held_out = split_by_prompt(rows, 256 if args.data else 16)
     pairs = [row["pair"] for row in rows]
@@ -480,9 +479,9 @@ def train(args):
         order = random.Random(f"{args.seed} {len(batches)}").sample(range(len(pairs)), len(pairs))
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
 
-    # 4. The reference's log-probs, computed while the policy still is the reference, and in the
-    # batches of the first epoch: so both are computed in the same way, and at step 1 they are equal
-    # to the last bit. Then the optimizer, and perhaps a saved state.
+    # 4. The reference's log-probs, computed while the policy still is the reference, in the batches
+    # of the first epoch. So at step 1 policy and reference are equal to the last bit. Then the
+    # optimizer, and perhaps a saved state.
     reference_logps = torch.zeros(len(pairs), 2)
     first_epoch = batches[:min(steps, math.ceil(len(pairs) / args.batch_size))]
     for batch in tqdm(first_epoch, "scoring the reference", leave=False, disable=None):
@@ -506,7 +505,7 @@ def train(args):
             reference = reference_logps[part].to(model.device)  # (b, 2)
             loss = pair_loss(logps, reference, lengths, args)  # (b,)
             (loss.sum() / len(batch)).backward()
-            rewards = args.beta * (logps - reference)  # (b, 2)
+            rewards = args.beta * (logps - reference)  # (b, 2), whatever the loss is
             seen.append(torch.cat([loss[:, None], logps, rewards], 1).detach())  # (b, 5)
 
         # 6. The update. A state is saved before it, and only if the gradient is finite.
@@ -520,8 +519,8 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 7. What to watch. At the first step all rewards are 0. Later the same pair may be rounded
-        # in another way (docs/dpo.md). So a gap below 1e-4 counts as a tie, and a tie as wrong.
+        # 7. What to watch. At the first step all rewards are 0, and all pairs tie. A tie counts as
+        # wrong, and so does a gap below 1e-4, which may be rounding (in bf16 more: docs/dpo.md).
         seen = torch.cat(all_gather(torch.cat(seen).cpu()))  # (b, 5) each -> (B, 5)
         loss, chosen, rejected, chosen_rewards, rejected_rewards = seen.unbind(1)  # (B,) each
         row = {
@@ -548,25 +547,25 @@ def train(args):
     return columns["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = {"beta": (0.5, 0.5, 0.1), "lr": (6e-4, 3e-5, 1.5e-5), "batch_size": (48, 8, None),
             "pairs": (6144, 160, None), "adam_eps": (1e-4, 1e-8, 1e-8), "samples": (128, 8, 8)}
 
 
-def make_parser(file, text, defaults):
+def make_parser(file, text, defaults, rows='{"prompt", "chosen", "rejected"}'):
     """The flags that DPO shares with variants/kto.py."""
     parser = new_parser(file, text, defaults)
     flag = parser.add_argument
-    flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; None: the toy task')
+    flag("--data", help=f"JSON Lines file of {rows}; None: the toy task")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--adam_eps", type="amount",
          help="Adam's epsilon; a higher one slows weights with small gradients")
     flag("--epochs", type="positive", default=1, help="passes over the data")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive",
-         help="examples in an update; where None stands below: 8 for up to 2,000 of them, else 32")
+         help="examples in an update; by default with --data: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
-    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--max_new_tokens", type="positive", default=64, help="most tokens of a sample")
     flag("--pairs", type="positive", help="toy: pairs to sample")
     flag("--samples", type="positive", help="evaluation: samples for each of 8 prompts")
     return parser
@@ -578,15 +577,15 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--loss", default="dpo", choices=["dpo", "ipo", "rdpo"], help="what is minimised")
     flag("--beta", type="amount",
-         help="price of a nat of KL from the reference; with --loss ipo it is tau, and None: 0.1")
+         help="price of a nat of KL from the reference; with --loss ipo tau, by default 0.1")
     flag("--label_smoothing", type="fraction", default=0.0,
          help="dpo: share of labels held to be wrong")
     flag("--alpha", type="amount", default=0.05, help="rdpo: price of a token of response length")
     args = parser.parse_args(argv)
     if args.loss == "ipo" and args.beta is None:
         args.beta = 0.1
-    if args.loss == "ipo" and not args.beta:
-        fail("--beta 0: with --loss ipo it is tau, by which the loss divides")
+    if args.beta == 0:
+        fail("--beta 0: the loss has no gradient then (ipo divides by it); give a higher one")
     for loss, name in (("dpo", "label_smoothing"), ("rdpo", "alpha")):
         if args.loss != loss and getattr(args, name) != parser.get_default(name):
             warnings.warn(f"--{name} has no effect with --loss {args.loss}")

@@ -109,7 +109,7 @@ def collate(sequences, device):
 
 
 def hidden_states(model, ids, where):
-    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The head's input at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -215,7 +215,7 @@ CHOICES = {"length": ["short", "long"], "mood": ["kind", "fair", "bad"], "topic"
 
 
 def toy_instructions(requirements, held_out):
-    """The instructions of so many requirements that are learned from, or the held-out sixth."""
+    """Instructions with so many requirements: those to learn from, or the held-out sixth."""
     keys = list(CHOICES)[:requirements]
     instructions = [dict(zip(keys, values))
                     for values in itertools.product(*(CHOICES[key] for key in keys))]
@@ -501,7 +501,7 @@ def train(args):
     return after["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = {"lr": (4e-3, 1e-5, 1e-5)}
 
 
@@ -523,11 +523,11 @@ def make_parser(file, text, defaults):
          help="an episode makes this many updates for each of its --rounds")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--batch_size", type="positive", default=32, help="outputs in an update")
-    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--max_new_tokens", type="positive", default=64, help="most tokens of a sample")
     flag("--samples", type="positive", default=400,
          help="evaluation: samples for each set of tasks")
-    flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: an instruction asks "
-         "for a length; and a mood; and a topic")
+    flag("--requirements", type=int, default=3, choices=[1, 2, 3], help="toy: instructions ask for "
+         "1: a length; 2: and a mood; 3: and a topic")
     flag("--warm_up", type="whole", default=60, help="toy: steps of SFT before the first episode")
     return parser
 

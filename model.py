@@ -161,7 +161,6 @@ def check_weights(model, name, info):
 def check_model(model, name, size):
     """End with one line if the scripts would compute wrong log-probs with this model."""
     ids = torch.arange(8, device=model.device)[None] % size
-    head = getattr(model, "score", None) or model.get_output_embeddings()
 
     def states(T):
         return model.base_model(input_ids=ids[:, :T]).last_hidden_state  # (1, T, D)
@@ -170,12 +169,14 @@ def check_model(model, name, size):
     if not torch.allclose(hidden[:, :7], states(7), atol=1e-3 * float(hidden.std())):
         fail(f"{name}: in {type(model).__name__} a token sees those behind it, so it would see the "
              "answer; take a model with causal attention")
+    if hasattr(model, "score"):  # a reward head, which the scripts do not take apart
+        return
+    head = model.get_output_embeddings()
     head.weight.mul_(1024)  # large logits, so that soft-capping shows
     logits = model(input_ids=ids).logits  # (1, 8, V)
     product = states(8) @ head.weight.T  # (1, 8, V); the head may be the embedding, too
     head.weight.div_(1024)  # exact, as 1024 is a power of two
-    if head is not getattr(model, "score", None) and not torch.allclose(
-            logits, product, atol=1e-3 * float(product.std())):
+    if not torch.allclose(logits, product, atol=1e-3 * float(product.std())):
         fail(f"{name}: {type(model).__name__} does more between its hidden states and its "
              "logits than one matrix product (a bias, scaling, soft-capping): not supported")
 
@@ -196,6 +197,7 @@ def save_model(model, tokenizer, folder):
     merge_lora(model)
     # Files of an older model here would be taken for parts of this one.
     old = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|chat_template\.jinja"
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for path in Path(folder).iterdir():
         if re.fullmatch(old, path.name):
             path.unlink()
@@ -652,7 +654,7 @@ def new_parser(file, text, defaults=None, trains=True):
     flag("--out", default=f"runs/{Path(file).stem}", help="folder for all that the run makes")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     flag("--max_tokens", type="positive", default=4096,
-         help="tokens in a pass through the model: bounds memory, changes no result")
+         help="tokens in a pass through the model: bounds memory, changes no gradient")
     if not trains:
         parser.set_defaults(resume=False)
         return parser
@@ -662,7 +664,7 @@ def new_parser(file, text, defaults=None, trains=True):
     flag("--save_every", type="positive", default=50, help="steps between saved states")
     flag("--resume", action="store_true", help="go on from the last saved state in --out")
     if defaults:
-        parser.epilog = "Defaults below 10M parameters; above, in the toy; above, with --data: " + (
+        parser.epilog = "Defaults, of models below 10M, larger ones in the toy, with --data: " + (
             "; ".join(f"--{name} {values}" for name, values in defaults.items()))
     return parser
 
@@ -687,7 +689,7 @@ def warn_of_few(steps, args):
 # ---------------------------------------------------------------------------- a run's folder
 
 PATHS = ("model", "reference", "policy", "generator", "reward_model", "judge", "data", "ptx_data")
-# What may differ when a run is resumed: it does not change the result, or its content is compared.
+# What may differ when a run is resumed. Of PATHS the content is compared.
 FREE = ("out", "resume", "device", "save_every", "lr", "max_tokens", "samples", *PATHS)
 
 
@@ -836,5 +838,5 @@ def launch(train, args):
             print("\nstopped;", remedy, file=sys.stderr)
             raise SystemExit(130)
         if memory:
-            fail("out of memory: use a lower --max_tokens, which changes no result", remedy)
+            fail("out of memory: use a lower --max_tokens, which changes no gradient", remedy)
         fail(f"{args.out}: cannot be written ({error})", remedy)

@@ -13,15 +13,16 @@ over these responses, in minibatches, with the loss
 
     loss = -mean_t min(q_t A_t, clip(q_t, 1 - e, 1 + e) A_t),   q_t = pi(y_t) / pi_old(y_t)
 
-This is Eq. (7) of Schulman et al. pi_old is the policy that drew the responses: q_t is 1 at first.
+This is Eq. (7) of Schulman et al., with e = 0.2. pi_old is the policy that drew the responses, so
+q_t is 1 at first. The value network learns the returns that it should have expected.
 
     python ppo_rlhf.py                               # toy: reviews, rewarded for friendly words
     python ppo_rlhf.py --beta 0                      # without a penalty the policy hacks the reward
-    python ppo_rlhf.py --data mine.jsonl --model gpt2 --reward_model runs/reward_model
+    python ppo_rlhf.py --data mine.jsonl --model gpt2 --reward_model runs/reward_model --beta 0.02
 
-Departures from the papers: a response ends at its EOS, and the score is given there; a response
-that does not end in time gets a fixed score; advantages are whitened over the whole rollout; policy
-and value network are two networks with one learning rate, which rises, then falls to 0.
+Departures from the papers (docs/departures.md has more): the score is given at a response's EOS; a
+response that does not end in time gets a fixed score; advantages are whitened over the whole
+rollout; the value network starts as a copy of the policy; the learning rate falls to 0.
 """
 
 import math
@@ -61,7 +62,7 @@ def token_mean(x, mask, normalizer=None):
 def token_rewards(scores, logps, reference_logps, mask, beta):
     """The penalty on each token and the score (B,) on the last: Ziegler et al. 2019, Eq. (2).
 
-    Log-probs of the sampled tokens, in nats. The result is a constant: no gradient flows into it.
+    That equation is for a whole response; here each token pays its part. Log-probs are in nats.
     """
     rewards = no_padding(-beta * (logps - reference_logps), mask)  # (B, R)
     last = mask.sum(1, keepdim=True).long() - 1  # (B, 1)
@@ -86,12 +87,11 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-def whiten(x, mask, shift_mean=True):
-    """x with variance 1 over real tokens, and with mean 0 unless shift_mean is False."""
+def whiten(x, mask):
+    """x with mean 0 and variance 1 over real tokens."""
     mean = token_mean(x, mask)
     variance = token_mean((x - mean) ** 2, mask)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return no_padding(white if shift_mean else white + mean, mask)
+    return no_padding((x - mean) * torch.rsqrt(variance + 1e-8), mask)
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip=0.2, normalizer=None):
@@ -194,7 +194,7 @@ def collate(sequences, device):
 
 
 def hidden_states(model, ids, where):
-    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The head's input at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -246,7 +246,7 @@ def split_batch(groups, max_tokens):
 def per_token(function, model, sequences, max_tokens, minibatches=None):
     """function(model, sequences, R) without gradient, part by part: (B, R).
 
-    minibatches: lists of rows, which together are all B of them; None: one list.
+    minibatches: lists of row numbers, together all B of them; None: one list.
     """
     R = max(len(response) for _, response in sequences)
     numbers = torch.zeros(len(sequences), R)
@@ -321,7 +321,7 @@ BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed ha
 def toy_prompts(small=True):
     """300 openings of reviews, such as "I saw the film yesterday.".
 
-    A model that is not small would tell any story, so it is asked for its opinion.
+    A model above 10M parameters would tell any story, so its opinion is begun for it.
     """
     return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
@@ -355,7 +355,7 @@ def load_prompts(tokenizer, small, args):
     prompts = toy_prompts(small)
     if args.data:
         prompts = [read_row(row, tokenizer)["prompt"] for row in read_jsonl(args.data)]
-    room = tokenizer.context - args.max_new_tokens
+    room = tokenizer.context - args.max_new_tokens - 2  # a reward model adds an EOS and a token
     usable = [{"prompt": prompt} for prompt in prompts
               if len(tokenizer.encode_prompt(prompt)) <= room]
     no_room = len(prompts) - len(usable)
@@ -368,8 +368,8 @@ def load_prompts(tokenizer, small, args):
 def load_reward(reference, tokenizer, prompts, args):
     """A function (prompts, texts) -> scores (B,): the toy's true reward, or a reward model's.
 
-    A reward model's scores become (score - mean) / SD, with mean and SD of those among 256 samples
-    of the reference that end. So beta and --missing_eos_score mean the same for all reward models.
+    A reward model's scores become (score - mean) / SD, with the mean and SD of 256 samples of the
+    reference, of those that end. So beta and --missing_eos_score mean the same for all of them.
     """
     if not args.reward_model:
         if args.data:
@@ -386,7 +386,7 @@ def load_reward(reference, tokenizer, prompts, args):
                     for prompt, text in zip(prompts, texts)]
         if None in examples or any(ids[-1] not in own.stop_ids for _, ids in examples):
             fail(f"--reward_model {args.reward_model}: its context of {own.context} tokens is too "
-                 "short for a prompt and its response; use a lower --max_new_tokens")
+                 "short for a prompt and its response; leave out long prompts")
         # token_values reads the state before a response token: here a dummy after the whole text.
         examples = [(prompt + response, [0]) for prompt, response in examples]
         return per_token(token_values, model, examples, args.max_tokens)[:, 0].cpu()  # (B,)
@@ -415,7 +415,7 @@ def answer(policy, tokenizer, prompts, seed, args):
     if mine:
         drawn = sample(policy, tokenizer, mine, args.max_new_tokens, seed + RANK,
                        max_tokens=4 * args.max_tokens)
-    responses = [own for turn in zip_longest(*all_gather(drawn)) for own in turn if own]
+    responses = [ids for turn in zip_longest(*all_gather(drawn)) for ids in turn if ids]
     ended = torch.tensor([response[-1] in tokenizer.stop_ids for response in responses])
     return list(zip(asked, responses)), [tokenizer.decode(ids) for ids in responses], ended
 
@@ -448,28 +448,27 @@ def mask_of(sequences, device):
     return pad_sequence(ones, batch_first=True).to(device)  # (B, R)
 
 
-def yardstick(rewards, policy, reference, beta):
+def yardstick(rewards, pi, ref, beta):
     """How near J = E[r] - beta KL(pi || pi_ref) comes to its maximum over all policies, J*.
 
-    rewards, policy, reference: (P, 2n). For each of P prompts: n samples of the reference, then n
-    of the policy, with their rewards and their log-probs under policy and reference.
+    rewards, pi, ref: (P, 2n). For each of P prompts: n samples of the reference, then n of the
+    policy, with their rewards and their log-probs under policy and reference.
     J* = beta log E_ref[exp(r / beta)] is estimated from all 2n samples. They come from the mixture
     q = (pi_ref + pi) / 2, so each is weighted by pi_ref / q. A standard error (se) is the SD over
-    200 bootstraps: all is computed again from n draws of each n samples, with replacement.
+    200 bootstraps. Each draws n of each n samples again, with replacement; the prompts stay.
     """
     P, n = len(rewards), rewards.shape[1] // 2
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(n, (201, P, 2, n), generator=generator) + torch.tensor([[0], [n]])
     draws[0] = torch.arange(2 * n).view(2, n)  # the first "draw" is the samples themselves
     draws = draws.flatten(2)  # (201, P, 2n)
-    rewards, policy, reference = (
-        x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, policy, reference))
-    log_weights = reference - torch.logaddexp(reference, policy)  # log of pi_ref / (2 q)
+    rewards, pi, ref = (x.expand(201, P, 2 * n).gather(2, draws) for x in (rewards, pi, ref))
+    log_weights = ref - torch.logaddexp(ref, pi)  # log of pi_ref / (2 q)
     x = log_weights + rewards / beta  # (201, P, 2n)
     # The mean of 2n weights pi_ref / q is the sum of 2n weights pi_ref / (2 q), divided by n.
     optimum = beta * (x.logsumexp(2) - math.log(n)).mean(1)  # (201,)
     start = rewards[:, :, :n].mean((1, 2))  # (201,)
-    now = (rewards - beta * (policy - reference))[:, :, n:].mean((1, 2))  # (201,)
+    now = (rewards - beta * (pi - ref))[:, :, n:].mean((1, 2))  # (201,)
     way = (now - start) / (optimum - start)  # (201,)
     # Over all prompts: the error of J* is about beta / sqrt(effective_samples).
     effective_samples = P**2 / x[0].softmax(1).square().sum()
@@ -487,7 +486,8 @@ def yardstick(rewards, policy, reference, beta):
 def evaluate(policy, reference, reward, tokenizer, prompts, args):
     """{"before": metrics of the reference, "after": of the policy} on P prompts, and samples."""
     columns, scores, sequences, texts = {}, [], [], []
-    print(f"evaluating: {args.samples} samples of both models for each of {len(prompts)} prompts")
+    print(f"evaluating: {args.samples} samples of reference and policy for each of {len(prompts)} "
+          "prompts")
     for name, model in (("before", reference), ("after", policy)):
         own, own_scores, own_texts, columns[name] = rollout(
             model, reward, tokenizer, prompts, args.samples, args.seed, args)
@@ -504,8 +504,8 @@ def evaluate(policy, reference, reward, tokenizer, prompts, args):
     log_ratios = policy_logps - reference_logps  # (P, 2n)
     after["kl/policy_reference"] = float(log_ratios[:, args.samples:].mean())
     if not args.data:  # how often the policy's sample is the better of two; a tie is half a win
-        old, new = (torch.tensor([*map(toy_reward, own)]) for own in texts)  # (P*n,) each
-        after["samples/win_rate"] = float(1 + (new - old).sign().mean()) / 2
+        first, second = (torch.tensor([*map(toy_reward, own)]) for own in texts)  # (P*n,) each
+        after["samples/win_rate"] = float(1 + (second - first).sign().mean()) / 2
     if args.beta:  # J at the beta that was asked for, also with --kl_target
         after |= yardstick(torch.cat(scores, 1), policy_logps, reference_logps, args.beta)
     samples = [{"prompt": prompt, "before": old, "after": new}
@@ -534,7 +534,7 @@ class Batch(NamedTuple):
 
 
 def learn(networks, optimizer, batch, minibatches, ptx, rng, args):
-    """A step's updates, one for each minibatch, a list of rows of the batch. Returns metrics.
+    """A step's updates, one for each minibatch (row numbers of the batch). Returns metrics.
 
     A part's loss is divided by the tokens of the whole minibatch, so losses and gradients of the
     parts add up to those of the minibatch.
@@ -622,8 +622,8 @@ def train(args, reward=None):
                                             rng.getrandbits(62), args)
         if step % args.save_every == 0:
             run.save_state(step, networks, optimizer, beta=beta)
-        # Equal scores teach nothing. A reward of your own, such as 0 or 1, may leave this state
-        # again, so there it is a warning; a reward model whose scores are all equal will not.
+        # Equal scores teach nothing; only the penalty does. A reward of your own, say 0 or 1, may
+        # leave this state again, so there it is a warning; a reward model's scores will not.
         equal = equal + 1 if scores.numel() > 1 and scores.max() == scores.min() else 0
         if equal == 5:
             cause = "look at the reward" if row["samples/without_eos"] < 1 else (
@@ -681,15 +681,15 @@ def train(args, reward=None):
     return columns["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = {"lr": (2e-4, 3e-5, 1e-5), "samples": (128, 8, 8)}
 
 
-def make_parser(file, text, defaults):
-    """The flags that PPO shares with variants/raft.py."""
+def make_parser(file, text, defaults, rows='{"prompt"}'):
+    """The flags that PPO shares with variants/raft.py and grpo.py."""
     parser = new_parser(file, text, defaults)
     flag = parser.add_argument
-    flag("--data", help='JSON Lines file of {"prompt"}; None: the toy task')
+    flag("--data", help=f"JSON Lines file of {rows}; None: the toy task")
     flag("--reward_model", help="folder or hub id of a reward model; None: the toy's true reward")
     flag("--reference", help="the model that KL is measured from; None: --model")
     flag("--missing_eos_score", type="real", default=-1.0,
@@ -698,7 +698,7 @@ def make_parser(file, text, defaults):
     flag("--lr", type="amount", help="peak learning rate")
     flag("--steps", type="positive", default=40, help="steps; each samples, scores and learns")
     flag("--batch_size", type="positive", default=64, help="samples in a step: whole groups of --n")
-    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--max_new_tokens", type="positive", default=64, help="most tokens of a sample")
     flag("--samples", type="positive", help="evaluation: samples for each of 8 prompts")
     parser.set_defaults(save_every=10)
     return parser
@@ -711,7 +711,7 @@ def parse_args(argv=None):
     flag("--beta", type="amount", default=0.5,
          help="penalty for a nat of KL from the reference; 0.02 is usual with --data")
     flag("--kl_target", type="amount",
-         help="multiply beta after each step so that KL comes to this many nats; None: fixed beta")
+         help="multiply beta after each step so that KL comes to so many nats; None, 0: fixed beta")
     flag("--ppo_epochs", type="positive", default=4,
          help="passes over a step's samples, two updates each")
     flag("--lam", type="fraction", default=1.0,

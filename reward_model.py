@@ -71,7 +71,7 @@ def rank_loss(rewards, ranks, args):
 
 
 def hidden_states(model, ids, where):
-    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The head's input at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -185,7 +185,7 @@ BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed ha
 def toy_prompts(small=True):
     """300 openings of reviews, such as "I saw the film yesterday.".
 
-    A model that is not small would tell any story, so it is asked for its opinion.
+    A model above 10M parameters would tell any story, so its opinion is begun for it.
     """
     return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
@@ -211,13 +211,14 @@ def toy_ranks(responses, rng):
     return [1 + sum(other > own for other in noisy) for own in noisy]
 
 
-def toy_rankings(model, tokenizer, count, k, seed):
+def toy_rankings(model, tokenizer, count, k, seed, max_tokens=4096):
     """Rows {"prompt", "responses", "ranks"}: k samples of the model, ranked by a noisy human."""
     rng = random.Random(seed)
     prompts = rng.choices(toy_prompts(model.small), k=count)
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(k)]
     print(f"sampling {len(asked)} reviews for the human to rank")
-    texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
+    drawn = sample(model, tokenizer, asked, 64, seed, max_tokens=4 * max_tokens)
+    texts = [tokenizer.decode(ids, whole=True) for ids in drawn]
     rows = []
     for i, prompt in enumerate(prompts):
         own = texts[i * k:(i + 1) * k]
@@ -349,8 +350,8 @@ def train(args):
         rows = [read_ranking(row, tokenizer) for row in read_jsonl(args.data)]
     else:
         rows = toy_rankings(*load_model(args.policy or args.model, device=args.device),
-                            args.rankings, args.k, args.seed)
-        rows = all_gather(rows)[0]  # those of rank 0
+                            args.rankings, args.k, args.seed, args.max_tokens)
+        rows = all_gather(rows)[0]  # those of process 0
     rows, held_out, _ = split_by_prompt(encode_rankings(tokenizer, rows, args),
                                         256 if args.data else 200)
     tokenizer.show(*rows[0]["group"][0])
@@ -406,7 +407,7 @@ def train(args):
     return after["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = {"lr": (1e-3, 1e-5, 2e-5), "batch_size": (16, 16, None),
             "rankings": (4608, 192, None)}
 
@@ -424,7 +425,7 @@ def parse_args(argv=None):
     flag("--epochs", type="positive", default=1, help="passes over the rankings")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive",
-         help="prompts in an update; where None stands below: 8 for up to 2,000 of them, else 32")
+         help="prompts in an update; by default with --data: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
     flag("--rankings", type="positive", help="toy: prompts with ranked responses")
     flag("--k", type=number(2), default=4, help="toy: responses to each prompt")

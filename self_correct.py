@@ -160,7 +160,7 @@ def collate(sequences, device):
 
 
 def hidden_states(model, ids, where):
-    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The head's input at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -347,7 +347,7 @@ def read_problems(tokenizer, args, room):
         return toy_problems(args.problems)
     rows = [read_row(row, tokenizer, "answer") for row in read_jsonl(args.data)]
     usable = []
-    for row in rows:
+    for row in rows:  # `add_to_prompt` refuses a chat in which a reply has begun
         if len(tokenizer.encode_prompt(add_to_prompt(row["prompt"]))) <= room:
             # The answer as it would be learned: a chat template may write more than it.
             example = tokenizer.encode_example(row["prompt"], row["answer"], 10**9)
@@ -514,7 +514,7 @@ def train(args):
     return list(columns.values())[-1]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = {"lr": (1e-3, 1e-5, 1e-5)}
 
 
@@ -539,8 +539,8 @@ def parse_args(argv=None):
     flag("--epochs", type=number(0.01), default=4.0, help="passes over the problems in a round")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--batch_size", type="positive", default=32, help="pairs in an update")
-    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
-    flag("--problems", type=number(1, 1680), default=512,
+    flag("--max_new_tokens", type="positive", default=64, help="most tokens of a sample")
+    flag("--problems", type=number(1, 2907), default=512,
          help="toy: plays to learn from, and as many held out")
     flag("--warm_up", type="whole", default=300, help="toy: steps of SFT before the first round")
     return parser.parse_args(argv)

@@ -106,7 +106,7 @@ def collate(sequences, device):
 
 
 def hidden_states(model, ids, where):
-    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The head's input at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -216,7 +216,7 @@ BLAME = NEGATIVE + ("annoying bad confusing disappointed disappointing failed ha
 def toy_prompts(small=True):
     """300 openings of reviews, such as "I saw the film yesterday.".
 
-    A model that is not small would tell any story, so it is asked for its opinion.
+    A model above 10M parameters would tell any story, so its opinion is begun for it.
     """
     return [f"{who} {saw} the {show} {when}." + " I thought it was" * (not small)
             for who in ("I", "We", "My sister", "Our class", "Two friends")
@@ -399,7 +399,7 @@ def train(args):
     return after["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = {"lr": (1e-3, 1e-5, 5e-5), "batch_size": (32, 32, None), "examples": (3400, 640, None)}
 
 
@@ -412,9 +412,9 @@ def parse_args(argv=None):
     flag("--epochs", type="positive", default=1, help="passes over the demonstrations")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive",
-         help="rows in an update; where None stands below: 8 for up to 2,000 of them, else 32")
+         help="rows in an update; by default with --data: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
-    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--max_new_tokens", type="positive", default=64, help="most tokens of a sample")
     flag("--examples", type="positive", help="toy: demonstrations to make")
     return parser.parse_args(argv)
 

@@ -35,8 +35,7 @@ from model import (Run, add_gradients, all_gather, fail, fill_defaults, launch, 
 
 # ---------------------------------------------------------------------------------- the losses
 # The inputs of each loss, all (B,): log-probs of whole responses, summed over their tokens with
-# EOS, in nats, and the numbers of these tokens. Each loss returns (B,). They are called by
-# `pair_loss`, in step 4 of `train`.
+# EOS, in nats, and the numbers of these tokens. Each loss returns (B,). `pair_loss` calls them.
 
 SUMS = ("cpo", "slic")  # these compare sums of log-probs; all other losses compare means
 
@@ -155,7 +154,7 @@ def collate(sequences, device):
 
 
 def hidden_states(model, ids, where):
-    """The last layer's output at the flat positions `where` of ids (B, T): (len(where), D)."""
+    """The head's input at the flat positions `where` of ids (B, T): (len(where), D)."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, where)  # (B, T, D) -> (B*T, D) -> (N, D)
@@ -290,7 +289,7 @@ def toy_well_formed(summary):
     return bool(re.fullmatch(form, summary))
 
 
-def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
+def toy_summaries(model, tokenizer, count, length_bias, seed, k=2, max_tokens=4096):
     """Rows of a post, its facts, and k of the model's own summaries, as a human ranks them.
 
     The human likes 4 * quality + length_bias * words + Gumbel noise. With this noise a pair follows
@@ -300,7 +299,8 @@ def toy_summaries(model, tokenizer, count, length_bias, seed, k=2):
     posts = [toy_post(rng) for _ in range(count)]
     asked = [tokenizer.encode_prompt(prompt) for prompt, _ in posts for _ in range(k)]
     print(f"sampling {len(asked)} summaries for the human to judge")
-    texts = [tokenizer.decode(ids, whole=True) for ids in sample(model, tokenizer, asked, 64, seed)]
+    drawn = sample(model, tokenizer, asked, 64, seed, max_tokens=4 * max_tokens)
+    texts = [tokenizer.decode(ids, whole=True) for ids in drawn]
     rows = []
     for i, (prompt, facts) in enumerate(posts):
         likings = {
@@ -330,12 +330,12 @@ def encode_pairs(tokenizer, rows, args):
             usable.append(dict(row, pair=pair))
             cut += sum(ids[-1] not in tokenizer.stop_ids for _, ids in pair)
     counts = {"pairs": len(usable),
-              "left out without room for --max_new_tokens within --max_length": no_room,
+              "left out without room for --max_new_tokens": no_room,
               "left out with equal responses": len(rows) - len(usable) - no_room,
-              "responses cut at --max_length": cut}
+              "responses cut for their length": cut}
     found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
     print(found)
-    return usable or fail(f"no pair is left: {found}")
+    return usable or fail(f"no pair is left: {found or 'none was judged'}")
 
 
 def pair_metrics(losses, rewards, lengths, prompts, args):
@@ -360,7 +360,7 @@ def pair_metrics(losses, rewards, lengths, prompts, args):
 
 def evaluate(policy, reference, tokenizer, test, args):
     """Metrics of both models on held-out rows, {"before": ..., "after": ...}, and their samples."""
-    # Repeated up to this number. With --data the first 8 prompts are enough.
+    # The held-out prompts, repeated or cut to this number.
     shown = (test * 256)[:256 if policy.small else 32]
     print(f"evaluating: {len(test)} pairs, then {len(shown)} samples of both models")
     pairs = [row["pair"] for row in test]
@@ -424,8 +424,9 @@ def train(args):
     if args.data:
         rows = [read_row(row, tokenizer, "chosen", "rejected") for row in read_jsonl(args.data)]
     else:
-        rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed)
-        rows = all_gather(rows)[0]  # those of rank 0
+        rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed,
+                             max_tokens=args.max_tokens)
+        rows = all_gather(rows)[0]  # those of process 0
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
     pairs = [row["pair"] for row in rows]
     tokenizer.show(*pairs[0][0])
@@ -491,22 +492,22 @@ def train(args):
     return columns["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = {"lr": (3e-4, 3e-5, 2e-5), "batch_size": (32, 8, None), "pairs": (2304, 256, None)}
 
 
-def make_parser(file, text, defaults):
+def make_parser(file, text, defaults, rows='{"prompt", "chosen", "rejected"}'):
     """The flags that SimPO shares with variants/rankings.py."""
     parser = new_parser(file, text, defaults)
     flag = parser.add_argument
-    flag("--data", help='JSON Lines file of {"prompt", "chosen", "rejected"}; None: the toy task')
+    flag("--data", help=f"JSON Lines file of {rows}; None: the toy task")
     flag("--lr", type="amount", help="peak learning rate")
     flag("--epochs", type="positive", default=1, help="passes over the data")
     flag("--steps", type="positive", help="updates; None: as many as --epochs takes")
     flag("--batch_size", type="positive",
-         help="rows in an update; where None stands below: 8 for up to 2,000 of them, else 32")
+         help="rows in an update; by default with --data: 8 for up to 2,000 of them, else 32")
     flag("--max_length", type="positive", default=1024, help="tokens of prompt and response")
-    flag("--max_new_tokens", type="positive", default=64, help="tokens of the longest sample")
+    flag("--max_new_tokens", type="positive", default=64, help="most tokens of a sample")
     flag("--pairs", type="positive", help="toy: posts to summarise")
     flag("--length_bias", type="real", default=1.0,
          help="toy: how much the human likes each word; true quality, at most 1, counts 4 times")

@@ -144,11 +144,11 @@ def make_update(case):
 
 
 def peak(case):
-    """MiB of the second update above what stood before the model; for a process of its own."""
+    """Peak MiB of two updates above what stood before the model; for a process of its own."""
     make_update(Case(1, 64, 500, 2, 16))()  # loads code, starts threads
     measured = Memory("cpu")
     update = make_update(case)
-    for _ in range(2):
+    for _ in range(2):  # Adam's moments are there from the second one on
         update()
     return measured.peak()[0]
 

@@ -3,7 +3,7 @@
     python benchmarks/dpo_step.py                       # 15 minutes on two cores, 12 GB of memory
     python benchmarks/dpo_step.py --data pairs.jsonl --model gpt2 --cases "trl as shipped"
     python benchmarks/dpo_step.py --device cuda --pairs 16 --json runs/gpu.json
-    pip install trl==1.16.0 liger-kernel                # the peers; what lacks is left out
+    pip install trl==1.16.0 liger-kernel                # the peers; missing ones are left out
 
 The model has GPT-2 small's shape, or that of the config in the folder --model, whose weights are
 not used. It has random weights and no dropout; beta 0.1; gradients clipped to norm 1; AdamW. fp32
@@ -20,10 +20,11 @@ first.
 
 - ours: as in dpo.py: `response_logps` and `dpo_loss` over the parts of `split_batch`. The log-probs
   of the reference are there before, like those of dpo.py from the second epoch on.
-- ours +ref: the same after `group_logps` of the reference: an update of the first epoch, when all is
-  counted.
+- ours +ref: the same after `group_logps` of the reference: an update of the first epoch, when all
+  is counted.
+- ours in parts: `ours +ref` with `--max_tokens 640`, which holds one pair in the shape of TL;DR.
 - trl as shipped: DPOTrainer's defaults, with the reference in each update and gradient
-  checkpointing; but for bfloat16 on a CPU, also a default, which no fp32 loss equals to 1e-5. On a
+  checkpointing; but in fp32 on a CPU, since bfloat16, also a default, cannot agree to 1e-5. On a
   CPU every position, prompt and padding included, meets the whole vocabulary; on a GPU the response
   positions alone.
 - trl: `precompute_ref_log_probs=True` and no gradient checkpointing, which is like ours.
@@ -33,7 +34,7 @@ first.
 - liger +ref: `LigerFusedLinearDPOLoss` on the parts of `split_batch`. It wants hidden states of the
   reference, so the reference runs in each update. Compiled on a GPU only.
 
-If none of the peers is installed, ours runs alone.
+Without peers `ours +ref` runs against `ours in parts` alone.
 
 Each case is a process that takes a step when told to; TRL's are real `train()` runs, which a
 callback halts before each update. One peer at a time, its steps and ours are timed in turn; a ratio
@@ -67,8 +68,8 @@ from model import Tokenizer, fail, read_jsonl  # noqa: E402
 BETA, LR, EOS, CHECKED, LENGTH = 0.1, 1e-6, 50256, 2, 512
 LIKE_OURS = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
 TRL = {"trl as shipped": {}, "trl": LIKE_OURS, "trl compact": LIKE_OURS}
-CASES = {"trl as shipped": "ours +ref", "trl": "ours", "trl compact": "ours",
-         "liger +ref": "ours +ref"}  # which of ours each is compared with
+CASES = {"ours in parts": "ours +ref", "trl as shipped": "ours +ref", "trl": "ours",
+         "trl compact": "ours", "liger +ref": "ours +ref"}  # which of ours each is compared with
 
 
 def make_config(folder):
@@ -139,6 +140,8 @@ def run(args, meter):
     """Ours, and Liger: the loop of dpo.py."""
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # as in model.py
+    if args.worker == "ours in parts":
+        args.max_tokens = 640
     pairs, model, reference = make_pairs(args), make_model(args, 0), make_model(args, 1)
     if args.worker == "ours":
         reference_logps = group_logps(reference, pairs, args.max_tokens)  # (pairs, 2)
@@ -165,7 +168,7 @@ def run(args, meter):
     while True:
         meter.begin()
         total = 0.0
-        if args.worker == "ours +ref":
+        if args.worker in ("ours +ref", "ours in parts"):
             reference_logps = group_logps(reference, pairs, args.max_tokens)
         for part in split_batch(pairs, args.max_tokens):
             if args.worker == "liger +ref":
@@ -254,7 +257,7 @@ class Worker:
 
 def missing(case, device):
     """Why a case cannot run here, or None."""
-    package = "liger_kernel" if case == "liger +ref" else "trl"
+    package = {"ours in parts": "torch", "liger +ref": "liger_kernel"}.get(case, "trl")
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
     if case == "trl compact" and device == "cuda":

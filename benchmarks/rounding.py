@@ -6,7 +6,7 @@
 The log-prob of a token is z_y - log sum_v exp(z_v), z = W h. A GPU's tensor cores round W and h to
 10 bits of mantissa (TF32) or to 7 (bf16) before they multiply, and add up in fp32. Here both are
 rounded by hand, and all else is done in float64, so a CPU can tell what the rounding does. As in
-`GatherLogps` the target's own logit z_y is no such product, but a sum in fp32, so it is not rounded.
+`GatherLogps` the target's own logit z_y is no such product, but a sum in fp32: it is not rounded.
 A log-prob can then be a little above 0.
 """
 

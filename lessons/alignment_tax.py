@@ -61,11 +61,10 @@ def pretrain(out, steps=600):
     for step in tqdm(range(steps), "pretraining", disable=None):
         batch = texts[32 * step:32 * (step + 1)]
         mask = mask_of(batch, model.device)  # (32, R)
-        sft_loss(token_logps(model, batch, mask.shape[1]), mask, mask.sum()).backward()
+        sft_loss(token_logps(model, batch, mask.shape[1]), mask).backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
-    out.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, out)
 
 

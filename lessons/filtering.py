@@ -179,7 +179,8 @@ def draw(found, start, path):
         axis.set(xlabel="demonstrations before the choice", title=label)
     axes[1].set_ylim(0, 1.05)
     figure.suptitle("The best tenth gives the most reward (mean ± SD over seeds)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8,
+                  handlelength=3)
     figure.tight_layout(rect=(0, 0.19, 1, 1))
     figure.savefig(path, dpi=100)
 
@@ -190,7 +191,8 @@ def parse_args(argv=None):
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="demonstrations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rankings", type=int, default=1536, help="that the judge learns from")
-    parser.add_argument("--out", default="runs/filtering", help="finished runs in it stay")
+    parser.add_argument("--out", default="runs/filtering",
+                        help="finished runs in it stay, whatever their flags")
     return parser.parse_args(argv)
 
 

@@ -5,7 +5,8 @@
 What to see in the figure: with one requirement, where chance succeeds half of the time, HIR and
 filtered cloning (farl) rise alike. With three, where it succeeds once in thirty, only HIR gets far;
 filtered cloning and Chain of Hindsight (coh) have too few successes to learn from. A curve is the
-share of each episode's samples that did what they were asked, before they were learnt from.
+share of each episode's samples that did what they were asked, before the model learned from them;
+it ends with the evaluation.
 
 The toy of hir.py. All methods start from one warmed-up model, draw 256 samples in each of 8
 episodes and make 40 updates of 32 examples after each. What differs is what they can learn from,
@@ -54,7 +55,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     table, curves = {}, {}
-    for seed, name in tqdm([(s, name) for s in args.seeds for name in METHODS]):
+    runs = [(seed, name) for seed in args.seeds for name in METHODS]
+    for seed, name in tqdm(runs, disable=None):
         run = Path(args.out) / str(seed) / name.replace(" ", "_").replace(",", "")
         if not (run / "curves.png").exists():  # it is made last
             script, flags = METHODS[name]
@@ -95,6 +97,7 @@ def main(argv=None):
             x = [256 * i for i in range(len(points))]
             mean = [statistics.mean(p) for p in points]
             label = name.split(", ")[0] if "req" in name else name
+            label = label.replace("farl", "filtered cloning").replace("coh", "Chain of Hindsight")
             color = colors.setdefault(label, f"C{len(colors)}")
             axis.plot(x, mean, color=color, label=label)
             axis.fill_between(x, list(map(min, points)), list(map(max, points)), color=color,
@@ -103,8 +106,8 @@ def main(argv=None):
         axis.set_xlabel("samples drawn")
     axes[0].set_ylabel("share of instructions followed")
     figure.suptitle("Relabeling pays where success is rare (band: all seeds)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     out = Path(args.out)
     figure.savefig(out / "hindsight.png", dpi=100)
     print(f"the table is in {out / 'table.md'}, the figure in {out / 'hindsight.png'}")

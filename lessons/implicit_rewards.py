@@ -154,7 +154,7 @@ def draw(values, path):
         at = torch.tensor([1.0, 2.0, 3.0]) / beta  # h of pairs whose rewards differ by this
         right.plot(at, gradient_weight(at, beta), "o", color=line.get_color())
     right.set(title="weight of a pair in the gradient", ylim=(0, 1), ylabel=r"$\sigma(-\beta h)$",
-              xlabel="h, nats (dots: optimum, gap 1, 2, 3)")
+              xlabel="h, nats (dots: optimum for r apart by 1, 2, 3)")
     for axis in (left, right):
         axis.legend(fontsize=8)
     figure.suptitle("At DPO's optimum the left side is one bar at 0", fontsize=11)

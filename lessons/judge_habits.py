@@ -165,7 +165,7 @@ def draw(path):
         axis.plot(habit, [seen_from({"position": h}, way) for h in habit], label=label)
     axis.plot(habit, habit, "k:", label="the habit")
     axis.set(xlabel="habit of preferring the first, logits", ylabel="true difference, logits",
-             title=f"True difference that every second study of {PROMPTS} prompts sees")
+             title=f"Smallest difference that half of all studies ({PROMPTS} prompts) detect")
     axis.legend()
     figure.suptitle("A judge with a habit (lines: formulas; points: mean ± SD of sampled studies)",
                     fontsize=10)
@@ -186,7 +186,7 @@ def main(argv=None):
     fair = rate(TRUE, {}, "once")
     lines = ["| the judge | computed | equal models (0.500): formula | sampled | "
              f"B better by {TRUE} ({fair:.3f}): formula | sampled | draw at d | detected from d | "
-             "sampled: seen there by |", "| --- " * 9 + "|"]
+             "share of sampled studies that detect it |", "| --- " * 9 + "|"]
     rows = [(name, habits, way) for name, habits, ways in ROWS for way in ways]
     for name, habits, way in tqdm(rows, disable=None):
         cells = [name, way]

@@ -168,7 +168,8 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--posts", type=int, default=2048, help="pairs to learn from")
     parser.add_argument("--demonstrations", type=int, default=8192, help="that make the start")
-    parser.add_argument("--out", default="runs/lazy_annotators", help="finished runs in it stay")
+    parser.add_argument("--out", default="runs/lazy_annotators",
+                        help="finished runs in it stay, whatever their flags")
     return parser.parse_args(argv)
 
 

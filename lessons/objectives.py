@@ -31,7 +31,6 @@ import itertools
 import json
 import random
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -121,16 +120,16 @@ def train_with_kl(data, run, lr, seed):
         optimizer.param_groups[0]["lr"] = lr * simpo.schedule(step, len(batches))
         optimizer.step()
         optimizer.zero_grad()
-    run.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, run)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=3e-4, help="of all objectives")
-    parser.add_argument("--out", default="runs/objectives", help="finished runs in it stay")
+    parser.add_argument("--out", default="runs/objectives",
+                        help="finished runs in it stay, whatever their flags")
     return parser.parse_args(argv)
 
 
@@ -140,7 +139,8 @@ def main(argv=None):
     reference, tokenizer = load_model("tiny")
     test = new_posts(reference, tokenizer)
     results = {"start": [measure(reference, tokenizer, reference, *test)]}
-    for seed, name in tqdm([(s, name) for s in range(args.seeds) for name in METHODS]):
+    for seed, name in tqdm([(s, name) for s in args.seeds for name in METHODS],
+                           disable=None):
         folder = out / str(seed)
         if not (folder / "best.jsonl").exists():
             write_data(folder, reference, tokenizer, seed)
@@ -150,14 +150,12 @@ def main(argv=None):
             flags = [*flags.split(), "--data", f"{folder}/{DATA.get(script, 'pairs')}.jsonl",
                      "--out", str(run), "--lr", str(args.lr), "--seed", str(seed), "--device",
                      "cpu", *(["--samples", "2"] if script in (dpo, kto) else [])]
-            began = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
                 if script:
                     script.train(script.parse_args(flags))
                 else:
                     train_with_kl(f"{folder}/pairs.jsonl", run, args.lr, seed)
             numbers = measure(load_model(run)[0], tokenizer, reference, *test)
-            numbers["seconds"] = time.perf_counter() - began
             (run / "truth.json").write_text(json.dumps(numbers))
         results.setdefault(name, []).append(json.loads((run / "truth.json").read_text()))
 

@@ -124,8 +124,8 @@ def best_of(reward, prompts, texts, n, max_tokens=4096):
 
 def judge_models(args):
     """{model: its metrics with standard errors}, and a sample of each for some prompts."""
-    judge = json.loads((args.out / "judge.json").read_text())
     rows = read_jsonl(args.out / "test.jsonl")
+    judge = json.loads((args.out / "judge.json").read_text())
     prompts = [x for x in dict.fromkeys(row["prompt"] for row in rows) for _ in range(args.n)]
     reference, columns, samples = None, {}, collections.defaultdict(dict)
     labels = [Path(name).name for name in args.models]

@@ -115,7 +115,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=80, help="PPO steps of each run")
     parser.add_argument("--seed", type=int, default=0, help="of all three runs")
-    parser.add_argument("--out", default="runs/reward_hacking", help="finished runs in it stay")
+    parser.add_argument("--out", default="runs/reward_hacking",
+                        help="finished runs in it stay, whatever their flags")
     return parser.parse_args(argv)
 
 

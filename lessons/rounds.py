@@ -16,9 +16,9 @@ pairs   Iterated DPO. Two rounds: 1,024 pairs of tiny's samples, judged by a rew
         2,048 pairs of tiny's samples, and DPO. The judge is the offline one from above.
 
 Rewards and KL are measured alike for all, on 64 samples for each of 8 prompts that no script
-trains on. Means ± SD over five seeds. A policy that went further from tiny should have more reward,
-so labels also gives the online run's reward at the KL where the offline run ended: the mean of the
-five steps of its log that are nearest to that KL.
+trains on. Means ± SD are over five seeds. A policy that went further from tiny should have more
+reward, so labels also gives the online run's reward at the KL where the offline run ended: the mean
+of the five steps of its log that are nearest to that KL.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def measure(folder):
 
 
 def reward_at(kl, folders):
-    """The true reward in the five logged steps whose KL is nearest; and the mean of those KLs."""
+    """Mean true reward, KL and grammar of the five logged steps whose KL is nearest."""
     rows = [json.loads(line) for folder in folders
             for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     rows.sort(key=lambda row: abs(row["kl/policy_reference"] - kl))
@@ -110,14 +110,15 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("story", choices=["labels", "pairs"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", default="runs/rounds", help="finished runs in it stay")
+    parser.add_argument("--out", help="finished runs in it stay; None: runs/rounds_STORY")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    args.out = args.out or f"runs/rounds_{args.story}"
     table = {"tiny": [measure("tiny")]}
-    for seed in tqdm(args.seeds):
+    for seed in tqdm(args.seeds, disable=None):
         story = labels if args.story == "labels" else pairs
         for name, numbers in story(Path(args.out) / str(seed), seed).items():
             table.setdefault(name, []).append(numbers)

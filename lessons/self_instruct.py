@@ -1,6 +1,7 @@
 """Can a model that knows a few instructions write new ones, answer them, and learn from that?
 
     python -m lessons.self_instruct                # about five minutes on one core
+    python -m lessons.self_instruct --model FOLDER --lr 2e-4 --steps 40 --batch 16 --seeds 0
 
 What to see in the figure: above, the writer finds new instructions, but few of the 1,024 that it
 writes; most are copies, or nonsense. Below, learning from its own answers to them does not help,
@@ -17,7 +18,7 @@ the toy, and if it is none of the eight that are held out for the test. Then the
 one 64 times, and what is no review is left out. Whether an answer obeys is not looked at: without a
 verifier nobody knows. (The paper's model also sees examples from the pool; this one does not.)
 
-Each row of the table is tiny after SFT with as many updates, but for the first two, which have
+Each row of the table is the model after SFT with as many updates, but for the first two, which have
 twice as many. Of the writer's updates half go to writing. The columns are shares of 256 answers to
 held-out instructions: all requirements are met, the length is, the mood, the topic, and it is a
 review. Means ± SD are over three seeds. Table and figure are left in --out.
@@ -40,7 +41,6 @@ from model import fail, load_model
 ASKED, HELD_OUT = (hir.toy_instructions(3, held_out) for held_out in (False, True))
 IN_WORDS = {hir.in_words(instruction): instruction for instruction in ASKED + HELD_OUT}
 MOST_ALIKE = 0.9  # the paper's 0.7 would leave out any two that share the words of the template
-PEAK_LR = 3e-3  # that of tiny/make.py
 ANSWERS = 64  # to each instruction
 NEXT = "One more instruction:"
 KEPT, REASONS = "new instructions", ("near-duplicates", "invalid", "held out")
@@ -85,18 +85,18 @@ def by_people(text, count, rng):
     return rows
 
 
-def learn(rows, steps, seed):
-    """tiny after so many updates of 32 rows (prompt, response) with the loss of sft.py."""
-    model, tokenizer = load_model()
+def learn(args, rows, steps, seed):
+    """The model after so many updates on rows (prompt, response) with the loss of sft.py."""
+    model, tokenizer = load_model(args.model)
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     examples = [tokenizer.encode_example(*row, 512) for row in rows]
     for step in tqdm(range(steps), "SFT", leave=False, disable=None):
-        batch = rng.sample(examples, min(32, len(examples)))
+        batch = rng.sample(examples, min(args.batch, len(examples)))
         mask = sft.mask_of(batch, "cpu")  # (B, R)
         sft.sft_loss(sft.token_logps(model, batch, mask.shape[1]), mask).backward()
         clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = PEAK_LR * sft.schedule(step, steps)
+        optimizer.param_groups[0]["lr"] = args.lr * sft.schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
     return model, tokenizer
@@ -138,7 +138,7 @@ def one_seed(args, seed):
     given = [row for text in seeds for row in by_people(text, ANSWERS, rng)]
     # The writer learns to answer and, as often, to write an instruction.
     lists = [(NEXT, text) for text in seeds for _ in range(ANSWERS)]
-    writer = learn(given + lists, 2 * args.steps, seed)
+    writer = learn(args, given + lists, 2 * args.steps, seed)
     new, counts = new_instructions(writer, seeds, args.written, args.temperature, seed)
     if not new:
         fail("the writer wrote no new instruction; take more --steps or a higher --temperature")
@@ -152,8 +152,8 @@ def one_seed(args, seed):
             "+ new ones, answered by people":
                 [row for text in new for row in by_people(text, ANSWERS, rng)]}
     longer = f"the {args.instructions} alone, twice the updates"
-    models = {"the writer": writer, longer: learn(given, 2 * args.steps, seed)}
-    models |= {name: learn(given + rows, args.steps, seed) for name, rows in sets.items()}
+    models = {"the writer": writer, longer: learn(args, given, 2 * args.steps, seed)}
+    models |= {name: learn(args, given + rows, args.steps, seed) for name, rows in sets.items()}
     held_out = [hir.in_words(x) for x in HELD_OUT]
     found = {name: followed(model, held_out, seed) for name, model in models.items()}
     return found, story
@@ -193,7 +193,7 @@ def draw(found, stories, path):
         axis.barh(list(values), mean, xerr=sd, capsize=3, height=0.6)
         axis.invert_yaxis()
         axis.set(xlim=(0, 1), xlabel=f"share {title}")
-    figure.suptitle("Self-Instruct with tiny (mean ± SD over seeds)")
+    figure.suptitle("Self-Instruct (mean ± SD over seeds)")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -204,6 +204,9 @@ def parse_args(argv=None):
     parser.add_argument("--instructions", type=int, default=16, help="that people give, of 40")
     parser.add_argument("--written", type=int, default=1024, help="instructions that are written")
     parser.add_argument("--temperature", type=float, default=1.5, help="at which they are written")
+    parser.add_argument("--model", default="tiny", help="hub id or folder")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak; as in tiny/make.py")
+    parser.add_argument("--batch", type=int, default=32, help="rows of an update")
     parser.add_argument("--steps", type=int, default=150, help="updates; twice as many: the writer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", default="runs/self_instruct", help="folder for table and figure")

@@ -4,8 +4,9 @@
 
 What to see in the figure: on the left, how many drafts are perfect before and after one correction.
 Each corrector mends the drafts that it has never seen as well as its own, and the one that learned
-from better drafts is the better one for both. On the right, more corrections make it worse, as
-topics are lost; with the stop rule, or with pairs that leave perfect answers alone, they do not.
+from better drafts is the better one for both. On the right, more corrections make it worse in two
+of three seeds, as topics are lost; with the stop rule, or with pairs that leave perfect answers
+alone, they do not.
 
 The toy of self_correct.py, smaller: 256 plays, 3 rounds. Welleck et al. 2022
 (arXiv:2211.00053v1) train a corrector on the drafts of a small generator, and let it correct those
@@ -95,7 +96,6 @@ def filter_drafts(plain, out, args, steps=60):
         optimizer.param_groups[0]["lr"] = 1e-3 * self_correct.schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
-    out.mkdir(exist_ok=True)
     save_model(model, tokenizer, out)
 
 

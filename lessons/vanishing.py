@@ -49,7 +49,7 @@ def quietly(script, *flags, **own):
 def spread_of_rewards(folder, seed):
     """(mean reward, mean SD of a prompt's rewards, share of prompts with SD 0) of a model."""
     model, tokenizer = load_model(folder)
-    prompts = ppo_rlhf.toy_prompts()[::5][:64]
+    prompts = ppo_rlhf.toy_prompts()[::4][:64]
     asked = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(64)]
     texts = [tokenizer.decode(ids) for ids in ppo_rlhf.sample(model, tokenizer, asked, 64, seed)]
     rewards = rare_rewards(prompts, texts).view(len(prompts), 64)
@@ -68,7 +68,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     logs, table = {"tiny": [], "tiny after SFT": []}, {"tiny": [], "tiny after SFT": []}
-    for seed in tqdm(args.seeds):
+    for seed in tqdm(args.seeds, disable=None):
         folder = Path(args.out) / str(seed)
         if not (folder / "sft" / "results.json").exists():
             quietly(sft, "--out", str(folder / "sft"), "--seed", str(seed), "--device", "cpu")

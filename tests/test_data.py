@@ -203,7 +203,7 @@ def test_on_policy_pairs_and_their_win_rate(judge, tmp_path, capsys, monkeypatch
     assert not list(tmp_path.glob("on/[ps]a*"))
     on_policy_pairs.main(flags)
     assert ("1 pairs; 1 prompts left out without room for --max_new_tokens; 1 prompts left out "
-            "whose responses all score the same") in capsys.readouterr().out
+            "without two different scores") in capsys.readouterr().out
     pair, samples = (read_jsonl(tmp_path / f"on/{name}.jsonl") for name in ("pairs", "samples"))
     group = [judge[1].encode_example("A", text.removesuffix(" The"), 512) for text in texts[:3]]
     scores = reward_model.score_rows(judge[0], [{"group": group, "ranks": [1, 2, 3]}])[0][0]

@@ -35,11 +35,12 @@ OWN = {"train", "evaluate", "pair_loss", "parse_args", "make_parser", "toy_revie
 # users' own data and models: what a template, a tokenizer or a folder would otherwise do wrong in
 # silence, and what --resume compares. sft.py tells grammatical samples (75), since the true reward
 # of word salad can be as high as that of reviews.
-BUDGET = {"sft": 3100, "reward_model": 3320, "dpo": 4670, "simpo": 4230, "ppo_rlhf": 5500,
+BUDGET = {"sft": 3100, "reward_model": 3330, "dpo": 4670, "simpo": 4250, "ppo_rlhf": 5500,
           "hir": 4040, "self_correct": 4120, "model": 5730} | dict.fromkeys(VARIANTS, 1600)
-# --match, so that verified rewards have the rule of hir.py; and samples (grpo), or the reference
-# (kto), scored in the parts of the first updates, which bf16 then rounds alike.
-BUDGET |= {"variants.grpo": 1640, "variants.kto": 1620}
+# --match, so that verified rewards have the rule of hir.py, and flags that exclude each other
+# (grpo); samples (grpo), or the reference (kto), scored in the parts of the first updates, which
+# bf16 then rounds alike; --help that names the rows of --data.
+BUDGET |= {"variants.grpo": 1660, "variants.kto": 1650}
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENDMARKER}
 

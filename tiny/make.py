@@ -97,7 +97,7 @@ def make_rows(count):
     """(prompt, response) texts of both tasks, half and half."""
     rng = random.Random("0 False")  # the seed that made tiny/
     prompts = toy_prompts()
-    random.Random(0).shuffle(prompts)
+    random.Random(0).shuffle(prompts)  # 40 of them were held out when tiny/ was made
     rows = []
     for _ in range(count):
         if rng.random() < 0.5:

@@ -42,7 +42,7 @@ def chains(online):
 
 
 def chain_sequences(tokenizer, task, bad, good, rng):
-    """[(prompt ids, first output), (prompt and first output and word, second output)].
+    """[(prompt and word, first output), (that, first output and word, second output)], in ids.
 
     The order is random, because a good output must also be found without a bad one before it. The
     first output keeps its EOS.
@@ -87,7 +87,7 @@ def train(args):
         examples = chains(online)
         if not examples:
             fail(f"{count} samples hold no success beside a failure at the same task; take more "
-                 "--rounds, or hir.py, which can also learn from failures alone")
+                 "--rounds, or hir.py, which also learns from failures alone; see --match")
 
         # 4. Offline: draw chains, and take the supervised part of HIR's loss on their outputs.
         rng = random.Random(f"{args.seed} {step}")

@@ -12,12 +12,12 @@ choices. Each is a flag, and --preset sets all three:
 
     --preset    --advantage                            --divisor: D_i             --kl
     grpo        group: (r_i - mean) / SD               length: |y_i|              loss: as above
-    dr_grpo     centered: r_i - mean                   constant: --max_new_tokens none
+    dr_grpo     centered: r_i - mean                   constant: max_new_tokens   none
     rloo        leave_one_out: r_i - mean of the rest  constant                   reward: see below
     dapo        group                                  tokens: the mean length    none
 
 With --kl reward the scores pay for the KL before they are compared: r_i is then the score minus
-beta sum_t log pi(y_t)/pi_ref(y_t). With --kl corrected the k3 in the loss is multiplied by q_t.
+beta sum_t log pi_old(y_t)/pi_ref(y_t). With --kl corrected the k3 in the loss is multiplied by q_t.
 
     python -m variants.grpo                                       # toy: reviews, as in ppo_rlhf.py
     python -m variants.grpo --preset rloo
@@ -71,13 +71,13 @@ def group_advantages(scores, kind="group"):
 
 def grpo_loss(logps, old_logps, reference_logps, advantages, mask, divisor, clip=0.2, beta=0.0,
               corrected=False):
-    """The clipped objective plus beta times k3, to be minimised, of each response: (B,).
+    """Minus the clipped objective, plus beta times k3, of each response: (B,).
 
     GRPO: Shao et al. 2024, arXiv:2402.03300v3, Eq. (3) and (4). logps, old_logps, reference_logps,
-    mask: (B, R), log-probs of the sampled tokens in nats. advantages: (B,), one for all tokens of a
-    response. divisor: (B,) or a number, which divides the sum over a response's tokens. If it is
-    the response's own length, a token of a long response counts less than one of a short response;
-    if it is the same number for all responses, all tokens count alike.
+    mask: (B, R); log-probs are those of the sampled tokens, in nats. advantages: (B,), one for all
+    tokens of a response. divisor: (B,) or a number, which divides the sum over a response's tokens.
+    If it is the response's own length, a token of a long response counts less than one of a short
+    response; if it is the same number for all responses, all tokens count alike.
     corrected: k3 times the ratio (DeepSeek-V3.2, arXiv:2512.02556, Eq. (7)). Its gradient at each
     token is that of KL(pi || pi_ref); the gradient of k3 alone is that of KL(pi_ref || pi).
     """
@@ -97,7 +97,7 @@ def grpo_loss(logps, old_logps, reference_logps, advantages, mask, divisor, clip
 def train(args, reward=None):
     """Run the algorithm; leave the model and what happened in args.out; return final metrics.
 
-    reward: as in ppo_rlhf.py.
+    reward: a function as in ppo_rlhf.py; None: what the flags say.
     """
     run = Run(args)
     if args.n < 2:
@@ -106,8 +106,7 @@ def train(args, reward=None):
     # 1. The policy, the reference, the prompts and the reward.
     policy, tokenizer = load_model(args.model, "lm", args.device, args.lora_rank)
     fill_defaults(args, ppo_rlhf.DEFAULTS, policy.small)
-    instructions = args.toy and not args.data
-    if instructions:
+    if args.toy:
         reference, prompts, reward, sets = load_instructions(policy, tokenizer, args)
     else:
         reference, other = load_model(args.reference or args.model, "lm", args.device)
@@ -121,6 +120,7 @@ def train(args, reward=None):
                                   weight_decay=0.0, fused=True)
     start = run.load_state(policy, optimizer)["step"]
     beta = args.beta * (args.kl in ("loss", "corrected"))  # in the loss
+    price = args.beta * (args.kl == "reward")  # in the reward
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in progress:
@@ -130,7 +130,7 @@ def train(args, reward=None):
         sequences, scores, _, row = rollout(policy, reward, tokenizer, asked, args.n,
                                             rng.getrandbits(62), args)
         scores = scores.to(policy.device)  # (P, n)
-        if instructions:  # their reward is another one
+        if args.toy:  # its reward is another one
             del row["samples/true_reward"]
         if step % args.save_every == 0:
             run.save_state(step, policy, optimizer)
@@ -146,7 +146,6 @@ def train(args, reward=None):
             for model in (policy, reference))
 
         # 4. One advantage for each response. It is a constant in the updates that follow.
-        price = args.beta * (args.kl == "reward")
         log_ratios = (logps - reference_logps).sum(1).view_as(scores)  # (B, R) -> (B,) -> (P, n)
         # (P, n) -> (B,)
         advantages = group_advantages(scores - price * log_ratios, args.advantage).flatten()
@@ -177,8 +176,8 @@ def train(args, reward=None):
             optimizer.step()
             optimizer.zero_grad()
 
-        # 7. What to watch. scores/equal: the share of prompts that teach nothing, since all n
-        # scores are equal. Where it is 1 the loss is 0, but for a k3.
+        # 7. What to watch. scores/equal: the share of prompts whose n scores are all equal. From
+        # these only a penalty for KL can be learned.
         k1, k3 = map(float, kl_estimates(logps, reference_logps, mask))
         sd = scores.std(1, correction=0)  # (P,)
         row |= {"step": step + 1,
@@ -194,7 +193,7 @@ def train(args, reward=None):
 
     # 8. Save, then compare with the reference.
     save_model(policy, tokenizer, args.out)
-    if instructions:
+    if args.toy:
         columns, samples = evaluate_instructions(policy, reference, tokenizer, sets, args)
     else:
         columns, samples = evaluate(policy, reference, reward, tokenizer, held_out, args)
@@ -214,28 +213,31 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The command line."""
-    parser = make_parser(__file__, __doc__, ppo_rlhf.DEFAULTS)
+    parser = make_parser(__file__, __doc__, ppo_rlhf.DEFAULTS,
+                         '{"prompt", "answer"}; with --reward_model {"prompt"}')
     flag = parser.add_argument
     flag("--preset", default="grpo", choices=PRESETS, help="sets the next three flags")
     flag("--advantage", choices=["group", "centered", "leave_one_out"],
          help="score minus the group's mean, in SDs; minus the mean; minus the others' mean")
     flag("--divisor", choices=["length", "tokens", "constant"],
-         help="of a response's sum over tokens: its length; the mean length; --max_new_tokens")
+         help="what divides a response's sum: its length; the mean length; --max_new_tokens")
     flag("--kl", choices=["loss", "corrected", "reward", "none"],
-         help="beta times k3 in the loss; times q k3; beta times k1 in the reward; no penalty")
+         help="beta k3 in the loss; beta q k3; score less beta log(pi_old / pi_ref); no penalty")
     flag("--beta", type="amount", default=0.5,
          help="price of a nat of KL, in the training and in J; 0.02 is usual with --data")
     flag("--ppo_epochs", type="positive", default=4,
          help="passes over a step's samples, two updates each")
     flag("--match", default="all", choices=["all", "line", "number"],
-         help="verified: what of a reply has to equal that of the answer")
+         help="--data without --reward_model: what of a reply has to equal that of the answer")
     flag("--toy", choices=["instructions"],
-         help="those of hir.py, rewarded if all is done as asked; None: the reviews of ppo_rlhf.py")
+         help="the toy of hir.py, rewarded if all is done as asked; None: that of ppo_rlhf.py")
     flag("--requirements", type=int, default=3, choices=[1, 2, 3],
-         help="an instruction asks for a length; and a mood; and a topic")
+         help="toy instructions ask for 1: a length; 2: and a mood; 3: and a topic")
     args = parser.parse_args(argv)
+    if args.toy and (args.data or args.reward_model or args.reference):
+        fail("--toy has its own reward: leave out --data, --reward_model and --reference")
     parser.set_defaults(**PRESETS[args.preset])
-    if not args.reward_model if args.data else args.toy:
+    if args.toy or args.data and not args.reward_model:
         parser.set_defaults(missing_eos_score=0.0)
     return parser.parse_args(argv)
 

@@ -75,7 +75,7 @@ def encode_examples(tokenizer, rows, args):
                 examples.append({"prompt": prompt, "response": text, "desirable": desirable,
                                  "sequence": sequence})
     found = f"{len(examples)} responses of {len(rows)} rows" + bool(no_room) * (
-        f"; {no_room} left out without room for --max_new_tokens within --max_length")
+        f"; {no_room} left out without room for --max_new_tokens")
     print(found)
     return examples or fail(f"no response is left: {found}; those of equal pairs teach nothing")
 
@@ -109,7 +109,8 @@ def train(args):
     if args.data:
         rows = [read_row(row, tokenizer, *labels_of(row)) for row in read_jsonl(args.data)]
     else:
-        rows = all_gather(toy_pairs(model, tokenizer, args.pairs, args.seed))[0]  # those of rank 0
+        rows = toy_pairs(model, tokenizer, args.pairs, args.seed, args.max_tokens)
+        rows = all_gather(rows)[0]  # those of process 0
     pool = encode_examples(tokenizer, rows, args)
     examples, held_out, prompts = split_by_prompt(pool)
     groups = add_mismatched(tokenizer, examples, pool, args)
@@ -124,7 +125,7 @@ def train(args):
         batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
 
     # 4. The reference's log-probs, computed while the policy still is the reference, in the batches
-    # of the first epoch, and apart from the mismatched ones, as in steps 5 and 6.
+    # of the first epoch, own and mismatched ones separately, as in steps 5 and 6.
     reference_logps = torch.zeros(len(groups), 2)
     for batch in batches[:min(steps, math.ceil(len(groups) / args.batch_size))]:
         for k in (0, 1):
@@ -200,18 +201,22 @@ def train(args):
     return columns["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = dpo.DEFAULTS | {"lr": (5e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32)}
 
 
 def parse_args(argv=None):
     """The flags that DPO and KTO share, and those that only KTO has."""
-    parser = make_parser(__file__, __doc__, DEFAULTS)
+    parser = make_parser(__file__, __doc__, DEFAULTS,
+                         '{"prompt", "completion", "label"} or of pairs')
     flag = parser.add_argument
     flag("--beta", type="amount", help="price of a nat of KL from the reference")
     flag("--lambda_desirable", type="amount", default=1.0, help="weight of desirable responses")
     flag("--lambda_undesirable", type="amount", default=1.0, help="weight of undesirable responses")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.beta == 0:
+        fail("--beta 0: the loss has no gradient then; give a higher one")
+    return args
 
 
 def main(argv=None):

@@ -92,7 +92,7 @@ def collect(args):
     pairs = [pair for pair in map(best_and_worst, groups) if pair]
     counts = {"pairs": len(pairs),
               "prompts left out without room for --max_new_tokens": len(rows) - len(prompts),
-              "prompts left out whose responses all score the same": len(groups) - len(pairs),
+              "prompts left out without two different scores": len(groups) - len(pairs),
               "responses left out without a whole sentence": len(texts) - len(samples)}
     found = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
     print(found)

@@ -5,7 +5,7 @@ reward. Whatever the reward is, its KL divergence from the reference has a bound
 
     KL(pi_n || pi_ref) <= log n - (n - 1)/n            Beirami et al. 2024, arXiv:2401.01879v3, 3.1
 
-Stiennon et al. 2020 (App. G.3) state it as an equality. It is close to one if no two responses have
+Stiennon et al. 2020 (App. G.3) state it as an equality. That nearly holds if no two responses have
 the same reward, and each response is unlikely.
 
 RAFT puts this into the policy. In each step it draws n samples of each prompt from the policy,

@@ -34,8 +34,9 @@ from simpo import (encode_pairs, evaluate, make_parser, response_logps, schedule
                    toy_summaries)
 
 # ---------------------------------------------------------------------------------- the losses
-# logps, lengths: (B, K) summed log-probs of K responses, and their tokens. scores: (B, K), higher
-# is better. mask: (B, K), False where a prompt has fewer than K responses. Each returns (B,).
+# logps, lengths: (B, K), summed log-probs of K responses, and their numbers of tokens. scores:
+# (B, K), higher is better. mask: (B, K), False where a prompt has fewer than K responses. Each
+# returns (B,).
 
 
 def compare(logps, lengths, scores, mask):
@@ -120,8 +121,9 @@ def train(args):
     if args.data:
         rows = read_rankings(args.data, tokenizer)
     else:
-        rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed, k=4)
-        rows = all_gather(rows)[0]  # those of rank 0
+        rows = toy_summaries(model, tokenizer, args.pairs, args.length_bias, args.seed, 4,
+                             args.max_tokens)
+        rows = all_gather(rows)[0]  # those of process 0
     rows, test, _ = split_by_prompt(encode_pairs(tokenizer, rows, args), 256)
     rankings = encode_rankings(tokenizer, rows, args)
     tokenizer.show(*rows[0]["pair"][0])
@@ -192,13 +194,14 @@ def train(args):
     return columns["after"]
 
 
-# Defaults: below 10M parameters; above, in the toy; above, with --data.
+# Defaults: models below 10M parameters; larger ones in the toy; larger ones with --data.
 DEFAULTS = simpo.DEFAULTS | {"lr": (3e-4, 1e-5, 1e-5), "batch_size": (32, 32, 32)}
 
 
 def parse_args(argv=None):
     """The flags that SimPO and rankings share, and those that only rankings have."""
-    parser = make_parser(__file__, __doc__, DEFAULTS)
+    parser = make_parser(__file__, __doc__, DEFAULTS,
+                         '{"prompt", "responses", "ranks"} or of pairs')
     flag = parser.add_argument
     flag("--loss", default="rrhf", choices=["rrhf", "pro"], help="what is minimised")
     flag("--lam", type="amount",

@@ -1,12 +1,12 @@
 """Rewards that are checked: 1 for what is right, 0 for all else. No reward model is needed.
 
-Each reward here is a function of prompts and texts that returns scores (B,). grpo.py uses them, and
-so can PPO and RAFT, as can a reward of your own:
+Each reward here is a function of prompts and texts that returns scores (B,). grpo.py uses them.
+PPO and RAFT can take them, too, or a reward of your own (docs/grpo.md):
 
     python -m variants.grpo --data mine.jsonl --model gpt2 --beta 0.02   # {"prompt", "answer"}
     python -m variants.grpo --toy instructions --requirements 2          # the toy of hir.py
 
-`verify` is the only rule. Replace it by your own, such as one that runs a program.
+`verify` is the rule for --data. Replace it by your own, such as one that runs a program.
 """
 
 import copy
@@ -21,8 +21,8 @@ from model import fail, read_jsonl, read_row
 def verify(text, answer, match="all"):
     """1 if the text gives the answer, else 0: the rule of hir.py.
 
-    match: what is compared; see `final`. It is not asked about a response that did not end, whose
-    score is --missing_eos_score.
+    match: what is compared; see `final`. For a response that did not end the verdict is not used:
+    its score is --missing_eos_score.
     """
     return float(final(text, match) == final(answer, match))
 
@@ -70,7 +70,7 @@ def load_instructions(policy, tokenizer, args):
 
 
 def evaluate_instructions(policy, reference, tokenizer, sets, args):
-    """The numbers of hir.py, before and after, and samples."""
+    """The numbers of hir.py, before and after, of --samples for each set; and samples."""
     before, _ = evaluate("before", reference, tokenizer, sets, args)
     after, samples = evaluate("after", policy, tokenizer, sets, args)
     return before | after, samples

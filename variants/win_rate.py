@@ -59,7 +59,8 @@ def rate_without(habits, wins, prompts):
         w = w + step
         if step.abs().max() < 1e-9:
             break
-    # How far each pair alone would move the intercept; pairs of one prompt move it together.
+    # The sandwich estimate, from how far each pair alone moves the intercept. Pairs of one prompt
+    # move it together. mean_by_prompt takes a mean, not a sum, hence the factor.
     rate, moves = float(torch.sigmoid(w[0])), (wins - torch.sigmoid(x @ w)) * (x @ inverse[0])
     error = mean_by_prompt({"move": moves * len(wins)}, prompts).get("move_se", math.nan)
     return rate, rate * (1 - rate) * error
