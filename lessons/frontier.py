@@ -471,7 +471,7 @@ def draw(results, path):
                              "o" if task == "words" else "x", ms=4, color=color)
         axis.set(title=titles[task], xlabel="KL from the reference, nats", ylabel="reward")
     axes[2].set(title="Who leaves the language?", xlabel="KL from the reference, nats",
-                ylabel="share in the language (o: words, x: reviews)", ylim=(-0.03, 1.03))
+                ylabel="share in it (o: words, x: reviews)", ylim=(-0.03, 1.03))
     axes[3].axis("off")
     axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center")
     figure.suptitle("PPO and RLOO keep near the frontier; seeds of DPO may leave the language")

@@ -3,8 +3,8 @@
     python -m lessons.vanishing                    # about 6 minutes on two cores; can be resumed
 
 What to see in the figure: from tiny the rewards of a prompt's samples are all equal, their SD stays
-near 0, and so does the reward. After SFT there is some spread from the first step on, and PPO soon
-earns the reward nearly always.
+near 0, and so does the reward. After SFT there is some spread from the first step on, and soon three
+samples in four earn the reward.
 
 The gradient of a prompt's expected reward is small where the reward hardly varies between the
 policy's own samples (Razin et al. 2024, arXiv:2310.20703v2): at most proportional to the SD to the
