@@ -1,6 +1,6 @@
 """Which objectives of preference learning can be told apart on one set of data?
 
-    python -m lessons.objectives                   # about 12 minutes on two cores; can be resumed
+    python -m lessons.objectives                   # about 11 minutes on one core; can be resumed
 
 What to see in the figure: three groups. Those with a reference (dpo, cdpo, ipo, rdpo, kto) gain the
 most quality, at about half a nat of KL. simpo, rrhf, pro and plain sft on the best come next, and

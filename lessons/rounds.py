@@ -1,7 +1,7 @@
 """Do fresh data of the new policy help more than as many data of the start?
 
-    python -m lessons.rounds labels                # PPO; online labels. 10 minutes on two cores
-    python -m lessons.rounds pairs                 # DPO; pairs on policy. 5 minutes on two cores
+    python -m lessons.rounds labels                # PPO; online labels. 12 minutes on one core
+    python -m lessons.rounds pairs                 # DPO; pairs on policy. 6 minutes on one core
 
 It draws no figure. What to see in the table: the second round ends with more reward, but further
 from tiny; compared at one KL (labels), or with one round of as many pairs (pairs), the fresh data

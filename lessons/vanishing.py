@@ -1,6 +1,6 @@
 """Why does SFT come first, and PPO after it?
 
-    python -m lessons.vanishing                    # about 6 minutes on two cores; can be resumed
+    python -m lessons.vanishing                    # about 6 minutes on one core; can be resumed
 
 What to see in the figure: from tiny the rewards of a prompt's samples are all equal, their SD stays
 near 0, and so does the reward. After SFT there is some spread from the first step on, and soon three
