@@ -106,7 +106,7 @@ RUNS = {
     "coh": ("-m variants.chain_of_hindsight", THREE, 72),
     "hir_bad": ("hir.py --temperature 1", ONE, 110),
     "hir_unsmoothed": ("hir.py --temperature 1 --label_smoothing 0", ONE, 64),
-    "hindsight": ("-m lessons.hindsight", ALL, 4000),
+    "hindsight": ("-m lessons.hindsight", ALL, 2200),
     "self_correct": ("self_correct.py", EIGHT, 75),
     "self_correct_none": ("self_correct.py --feedback none", THREE, 62),
     "self_correct_bad": ("self_correct.py --alpha 1", ONE, 76),

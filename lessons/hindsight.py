@@ -1,6 +1,6 @@
 """When does it pay to relabel failures in hindsight?
 
-    python -m lessons.hindsight                    # about half an hour on two cores; can be resumed
+    python -m lessons.hindsight                    # about 37 minutes on one core; can be resumed
 
 What to see in the figure: with one requirement, where chance succeeds half of the time, HIR and
 filtered cloning (farl) rise alike. With three, where it succeeds once in thirty, only HIR gets far;
