@@ -172,11 +172,13 @@ def check_model(model, name, size):
     if hasattr(model, "score"):  # a reward head, which the scripts do not take apart
         return
     head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
     head.weight.mul_(1024)  # large logits, so that soft-capping shows
     logits = model(input_ids=ids).logits  # (1, 8, V)
     product = states(8) @ head.weight.T  # (1, 8, V); the head may be the embedding, too
     head.weight.div_(1024)  # exact, as 1024 is a power of two
-    if not torch.allclose(logits, product, atol=1e-3 * float(product.std())):
+    if bias is not None and bias.any() or not torch.allclose(
+            logits, product, atol=1e-3 * float(product.std())):
         fail(f"{name}: {type(model).__name__} does more between its hidden states and its "
              "logits than one matrix product (a bias, scaling, soft-capping): not supported")
 
@@ -387,8 +389,10 @@ class Tokenizer:
         cut = not ids or ids[-1] not in self.stop_ids
         kept = ids if cut else ids[:-1]
         # SentencePiece drops a leading space. So an "a" is decoded in front, and then removed.
-        text = self.transformers.decode([*self.encode("a"), *kept],
-                                        clean_up_tokenization_spaces=False)[1:]
+        first, text = (self.transformers.decode([*self.encode("a"), *ids],
+                                                clean_up_tokenization_spaces=False)
+                       for ids in ([], kept))
+        text = text[len(first):]
         if whole and cut:  # ends of sentences in Latin, Chinese, Hindi, Arabic and other scripts
             ends = ".!?…。！？．｡।॥؟۔։።။។"
             text = text[:max(map(text.rfind, ends)) + 1]
@@ -530,7 +534,7 @@ def add_to_prompt(prompt, before="", after=""):
     if last["role"] == "assistant":
         fail("a prompt ends with the start of the reply, and this script would add to it; let each "
              f"prompt end with a message of the user: {json.dumps(last)[:80]}")
-    return [*others, last | {"content": before + last["content"] + after}]
+    return [*others, last | {"content": before + (last.get("content") or "") + after}]
 
 
 def split_by_prompt(rows, count=16):
@@ -710,6 +714,8 @@ class Run:
                 fail(f"--{flag} is empty; is a variable of the shell not set?")
             if flag != "out" and self.folder.resolve() in (TINY, Path(path or TINY).resolve()):
                 fail(f"--out {args.out}: a model has this folder or this name; give another folder")
+            if path and Path(path).resolve() == self.metrics.resolve():
+                fail(f"--{flag} {path}: this run would overwrite it; give another --out")
         if args.resume and not self.state.is_file():
             fail(f"--resume: no interrupted run in {args.out}; start one without --resume")
         try:

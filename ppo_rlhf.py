@@ -718,7 +718,10 @@ def parse_args(argv=None):
          help="GAE: 1 trusts the rewards (unbiased, noisy), 0 trusts the value network")
     flag("--ptx_data", help='JSON Lines file of {"text"}, also learnt from (PPO-ptx)')
     flag("--ptx_coef", type="amount", default=1.0, help="weight of the loss on --ptx_data")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.kl_target and not args.beta:
+        fail("--kl_target multiplies --beta, and 0 stays 0; give a --beta above 0")
+    return args
 
 
 def main(argv=None):

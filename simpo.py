@@ -533,6 +533,8 @@ def parse_args(argv=None):
             warnings.warn(f"--{name} has no effect with --loss {args.loss}")
     if args.beta is None:
         args.beta = 2.0 if args.loss == "simpo" else 0.1
+    if args.loss == "simpo" and args.beta == 0:
+        fail("--beta 0: the loss has no gradient then; give a higher one")
     if args.lam is None:
         args.lam = 0.1 if args.loss == "orpo" else 1.0
     return args

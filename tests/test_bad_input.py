@@ -250,7 +250,8 @@ def test_numbers_without_meaning(script, capsys, monkeypatch):
         amount, real = action.type == "amount", action.type == "real"
         zero = amount or real or action.type == "fraction" or action.dest in ZERO or (
             (script, action.dest) == ("self_correct", "rounds"))
-        zero = zero and (script, action.dest) not in (("dpo", "beta"), ("variants.kto", "beta"))
+        zero = zero and (script, action.dest) not in (
+            ("dpo", "beta"), ("variants.kto", "beta"), ("simpo", "beta"))
         for text, fine in {"0": zero, "-1": real, "nan": False, "inf": False,
                            "1e30": amount or real, "1" + "0" * 30: amount or real, "": False,
                            "-0.5": real,
@@ -286,10 +287,25 @@ def test_flags_that_have_an_effect_are_not_named(capsys, recwarn):
                           ("hir", "--alpha 2 --beta 0.1 --alternatives 2")):
         importlib.import_module(script).parse_args(flags.split())
     assert not recwarn.list
-    for script, flags in (("dpo", "--loss ipo"), ("dpo", ""), ("variants.kto", "")):
+    nothing = "the loss has no gradient then"
+    for script, flags, why in (("dpo", "--loss ipo", nothing), ("dpo", "", nothing),
+                               ("variants.kto", "", nothing), ("simpo", "", nothing),
+                               ("ppo_rlhf", "--kl_target 1", "0 stays 0")):
         with pytest.raises(SystemExit):
             importlib.import_module(script).parse_args([*flags.split(), "--beta", "0"])
-        assert "the loss has no gradient then" in capsys.readouterr().err
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, name", [
+    ("dpo", "metrics"), ("variants.on_policy_pairs", "pairs"),
+    ("variants.on_policy_pairs", "samples")])
+def test_a_run_does_not_overwrite_its_own_data(script, name, tmp_path, capsys):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text('{"prompt": "A", "chosen": "B", "rejected": "C"}\n')
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(["--data", str(path), "--out", str(tmp_path)])
+    assert f"{name}.jsonl: this run would overwrite it" in capsys.readouterr().err
+    assert path.stat().st_size > 0
 
 
 @pytest.mark.parametrize("script, flag", [

@@ -402,6 +402,13 @@ def test_equal_scores_are_counted(one_step):
     assert one_step([0.7] * 7)["scores/equal"] == 1
 
 
+def test_equal_scores_for_five_steps_are_told(tmp_path):
+    args = grpo.parse_args(["--steps", "5", "--batch_size", "4", "--n", "2", "--samples", "1",
+                            "--max_new_tokens", "4", "--device", "cpu", "--out", str(tmp_path)])
+    with pytest.warns(UserWarning, match="for 5 steps .* nothing to compare"):
+        grpo.train(args, lambda prompts, texts: torch.zeros(len(texts)))
+
+
 def test_updates_are_shared_out(one_step, monkeypatch):
     """A process that gets no part of an update adds nothing to it."""
     monkeypatch.setattr(grpo, "share", lambda parts: [])

@@ -33,14 +33,15 @@ OWN = {"train", "evaluate", "pair_loss", "parse_args", "make_parser", "toy_revie
 # evaluation at one temperature whatever that of training is, and at 1 beside it (hir 40). model.py
 # holds the flags that all scripts share (which took 150 from each of them), and the checks for
 # users' own data and models: what a template, a tokenizer or a folder would otherwise do wrong in
-# silence, and what --resume compares. sft.py tells grammatical samples (75), since the true reward
-# of word salad can be as high as that of reviews.
-BUDGET = {"sft": 3100, "reward_model": 3330, "dpo": 4670, "simpo": 4250, "ppo_rlhf": 5500,
-          "hir": 4040, "self_correct": 4120, "model": 5730} | dict.fromkeys(VARIANTS, 1600)
+# silence, what --resume compares, and that no run overwrites its own data. Flags with which nothing
+# would be learned are refused (simpo, ppo_rlhf). sft.py tells grammatical samples (75), since the
+# true reward of word salad can be as high as that of reviews.
+BUDGET = {"sft": 3100, "reward_model": 3330, "dpo": 4670, "simpo": 4270, "ppo_rlhf": 5510,
+          "hir": 4040, "self_correct": 4120, "model": 5800} | dict.fromkeys(VARIANTS, 1600)
 # --match, so that verified rewards have the rule of hir.py, and flags that exclude each other
 # (grpo); samples (grpo), or the reference (kto), scored in the parts of the first updates, which
 # bf16 then rounds alike; --help that names the rows of --data.
-BUDGET |= {"variants.grpo": 1660, "variants.kto": 1650}
+BUDGET |= {"variants.grpo": 1690, "variants.kto": 1650}
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENDMARKER}
 

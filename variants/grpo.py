@@ -33,6 +33,7 @@ here, and not its wider upper clip, its choice of prompts and its penalty for lo
 
 import math
 import random
+import warnings
 from statistics import fmean
 
 import torch
@@ -121,6 +122,7 @@ def train(args, reward=None):
     start = run.load_state(policy, optimizer)["step"]
     beta = args.beta * (args.kl in ("loss", "corrected"))  # in the loss
     price = args.beta * (args.kl == "reward")  # in the reward
+    silent = 0  # steps in a row without a prompt to learn from
 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in progress:
@@ -188,6 +190,10 @@ def train(args, reward=None):
                 "policy/loss": sum(all_gather(float(sum(losses)))) / len(norms),
                 "policy/entropy": -float(logps.sum() / mask.sum()),
                 "policy/grad_norm": fmean(norms)}
+        silent = silent + 1 if row["scores/equal"] == 1 else 0
+        if silent == 5:
+            warnings.warn("for 5 steps all samples of each prompt have scored the same, so there "
+                          "is nothing to compare; see docs/grpo.md, 'My loss is 0'")
         run.log(row)
         progress.set_postfix(score=row["scores/mean"], kl=k1)
 

@@ -57,6 +57,9 @@ def write_lines(folder, name, rows):
 def collect(args):
     """Sample, score, and write the pairs. Returns them."""
     run = Run(args)
+    for name in ("samples.jsonl", "pairs.jsonl"):
+        if args.data and Path(args.data).resolve() == Path(args.out, name).resolve():
+            fail(f"--data {args.data}: this run would overwrite it; give another --out")
     model, tokenizer = load_model(args.model, device=args.device)
     judge = load_judge(args.reward_model, args.device) if args.reward_model else None
     if args.data:
